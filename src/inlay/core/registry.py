@@ -1,0 +1,65 @@
+"""Who knows what: methods by ``peft_type``. Modules are imported when they are asked for, not before."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from inlay.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from inlay.core.method import Method
+
+# peft_type -> the module that registers it on import
+BUILTIN_METHODS: dict[str, str] = {
+    "LORA": "inlay.methods.lora",
+    "IA3": "inlay.methods.ia3",
+    "LOHA": "inlay.methods.loha",
+    "OFT": "inlay.methods.oft",
+    "VERA": "inlay.methods.vera",
+    "FOURIERFT": "inlay.methods.fourierft",
+    "LN_TUNING": "inlay.methods.ln_tuning",
+    "TRAINABLE_TOKENS": "inlay.methods.trainable_tokens",
+}
+
+_methods: dict[str, type[Method]] = {}
+_configs: dict[str, type[Any]] = {}
+
+
+def register_method(method: type[Method]) -> type[Method]:
+    """Class decorator: enter a method and its config class under the config's ``peft_type``."""
+    key = str(getattr(method.config_class.peft_type, "value", method.config_class.peft_type))
+    known = _methods.get(key)
+    if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
+        raise ConfigError(f"peft_type {key!r} is already registered by {known.__module__}.{known.__qualname__}")
+    _methods[key] = method
+    _configs[key] = method.config_class
+    return method
+
+
+def method_types() -> list[str]:
+    """Return every ``peft_type`` that can be looked up, sorted."""
+    return sorted({*BUILTIN_METHODS, *_methods})
+
+
+def method_class(peft_type: Any) -> type[Method]:
+    """Return the method class for ``peft_type``.
+
+    Raises:
+        ConfigError: no method of that name exists.
+    """
+    key = str(getattr(peft_type, "value", peft_type))
+    if key not in _methods and key in BUILTIN_METHODS:
+        import_module(BUILTIN_METHODS[key])
+    if key not in _methods:
+        raise ConfigError(f"peft_type {key!r} is not an available method.{did_you_mean(key, method_types())}")
+    return _methods[key]
+
+
+def config_class(peft_type: Any) -> type[Any]:
+    """Return the config class for ``peft_type``.
+
+    Raises:
+        ConfigError: no method of that name exists.
+    """
+    return method_class(peft_type).config_class
