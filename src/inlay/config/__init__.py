@@ -1,0 +1,55 @@
+"""Configurations: base classes, shared fields, files, default targets."""
+
+from inlay.config.base import COMPATIBLE_PEFT_VERSION, PeftConfig, PromptLearningConfig
+from inlay.config.checking import check_field, field_hints
+from inlay.config.fields import (
+    ALL_LINEAR,
+    ExcludeField,
+    FanInFanOutField,
+    LayerFields,
+    PatternFields,
+    SavedModulesField,
+    TargetField,
+    TargetFields,
+    bias_setting,
+    check_pattern,
+)
+from inlay.config.files import (
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    read_json_object,
+    resolve_file,
+    write_atomically,
+)
+from inlay.config.settings import Settings, setting, settings
+from inlay.config.types import PeftType, TaskType
+
+__all__ = [
+    "ALL_LINEAR",
+    "COMPATIBLE_PEFT_VERSION",
+    "CONFIG_NAME",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "WEIGHTS_NAME",
+    "ExcludeField",
+    "FanInFanOutField",
+    "LayerFields",
+    "PatternFields",
+    "PeftConfig",
+    "PeftType",
+    "PromptLearningConfig",
+    "SavedModulesField",
+    "Settings",
+    "TargetField",
+    "TargetFields",
+    "TaskType",
+    "bias_setting",
+    "check_field",
+    "check_pattern",
+    "field_hints",
+    "read_json_object",
+    "resolve_file",
+    "setting",
+    "settings",
+    "write_atomically",
+]

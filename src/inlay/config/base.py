@@ -1,0 +1,339 @@
+"""Configurations: checked dataclasses whose JSON is the ``adapter_config.json`` of PEFT.
+
+A method's configuration is written like this::
+
+    @settings(positional="r target_modules exclude_modules dropout")
+    class ScaleConfig(TargetFields, PeftConfig):
+        peft_type = PeftType.SCALE
+        r: int = setting(8, doc="Rank of the update.", gt=0, parameters="proportional")
+        dropout: float = setting(0.0, doc="...", ge=0, lt=1)
+
+Mix-ins stand before `PeftConfig`, so that its fields come first. ``positional`` gives the order of positional
+arguments where it differs from the order of declaration; fields it leaves out follow. A plain ``@dataclass`` works
+too. Rules that join several fields go into ``check_fields(self)``, which runs after the fields were checked one by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import reprlib
+import tempfile
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from inlay.config.checking import build, without_unknown
+from inlay.config.fields import SavedModulesField
+from inlay.config.files import (
+    CONFIG_NAME,
+    HUB_KEYWORDS,
+    push_folder,
+    read_json_object,
+    resolve_file,
+    write_atomically,
+)
+from inlay.config.settings import Settings, setting, settings
+from inlay.config.types import PeftType, TaskType
+from inlay.errors import CheckpointError, ConfigError, InlayWarning, UnknownFieldError, did_you_mean
+
+__all__ = ["COMPATIBLE_PEFT_VERSION", "PeftConfig", "PromptLearningConfig"]
+
+COMPATIBLE_PEFT_VERSION = "0.21.2"  # whose files these are; written into every file
+
+
+@settings
+class PeftConfig(Settings):
+    """What every adapter configuration has; reads and writes ``adapter_config.json``.
+
+    A subclass sets the class attribute ``peft_type``; instances of it have no other.
+    """
+
+    not_saved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
+    """Fields that hold for this process only and are not written."""
+
+    task_type: TaskType | str | None = setting(
+        None,
+        doc="What the model is for; chooses the wrapper class that get_peft_model returns.",
+        choices=tuple(TaskType),
+    )
+    peft_type: PeftType | str | None = setting(None, doc="The method; fixed by the configuration's class.")
+    auto_mapping: dict[str, Any] | None = setting(
+        None, doc="Class and module of the base model, recorded on saving where task_type does not say them."
+    )
+    peft_version: str | None = setting(None, doc="The PEFT release whose file format this is; filled in by itself.")
+    base_model_name_or_path: str | None = setting(None, doc="Where the base model was loaded from.")
+    revision: str | None = setting(None, doc="The revision of the base model on the Hub.")
+    inference_mode: bool = setting(
+        False,
+        doc="Load the adapter frozen instead of trainable.",
+        parameters="none of the adapter's parameters train when true",
+    )
+
+    def __post_init__(self) -> None:
+        cls = type(self)
+        fixed = cls.peft_type
+        if fixed is not None:
+            if self.peft_type is not None and _name(self.peft_type) != _name(fixed):
+                raise ConfigError(
+                    f"{cls.__name__}.peft_type: expected {_name(fixed)!r}, which this class stands for, "
+                    f"found {self.peft_type!r}."
+                )
+            self.peft_type = fixed
+        if self.peft_version is None:
+            self.peft_version = COMPATIBLE_PEFT_VERSION
+        self.validate()
+
+    def check_fields(self) -> None:
+        if self.task_type is not None:
+            self.task_type = TaskType(self.task_type)
+        if self.peft_type is None or isinstance(self.peft_type, PeftType):
+            return
+        if self.peft_type in PeftType.__members__:
+            self.peft_type = PeftType(self.peft_type)
+        elif _name(type(self).peft_type) != self.peft_type:
+            from inlay.core.registry import method_types
+
+            known = {*PeftType.__members__, *method_types()}
+            if self.peft_type not in known:
+                raise ConfigError(
+                    f"{type(self).__name__}.peft_type: expected a method's name, found {self.peft_type!r}."
+                    f"{did_you_mean(self.peft_type, known)}"
+                )
+
+    def _implied(self, field: dataclasses.Field[Any]) -> Any:
+        return COMPATIBLE_PEFT_VERSION if field.name == "peft_version" else super()._implied(field)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method learns virtual tokens instead of changing layers."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Whether this is an adaption prompt."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict that shares nothing with this object, without those in `not_saved`."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in self.not_saved}
+
+    def to_json(self, auto_mapping: dict[str, Any] | None = None) -> str:
+        """Return the text of ``adapter_config.json``: sorted keys, sets as sorted lists, enums as their values.
+
+        Args:
+            auto_mapping: written instead of the field of that name, unless None.
+
+        Raises:
+            ConfigError: a field holds something that JSON cannot; names the field.
+        """
+        content = self.to_dict()
+        if auto_mapping is not None:
+            content["auto_mapping"] = auto_mapping
+        for key, value in content.items():
+            try:
+                json.dumps(value, allow_nan=False, default=_listed)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ConfigError(
+                    f"{type(self).__name__}.{key}: expected a value that JSON can hold, found {reprlib.repr(value)} "
+                    f"({error})."
+                ) from error
+        return json.dumps(content, indent=2, sort_keys=True, default=_listed)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` into a folder, which is made where needed.
+
+        Args:
+            save_directory: the folder.
+            auto_mapping_dict: (keyword) written in place of the field ``auto_mapping``.
+
+        Raises:
+            ConfigError: a field holds something that JSON cannot; nothing is written.
+            CheckpointError: ``save_directory`` is a file.
+            UnknownFieldError: another keyword.
+        """
+        auto_mapping = kwargs.pop("auto_mapping_dict", None)
+        for key in kwargs:
+            raise UnknownFieldError(f"save_pretrained() got an unexpected keyword argument {key!r}.")
+        if os.path.isfile(save_directory):
+            raise CheckpointError(f"Expected a folder to save into, found the file {os.fspath(save_directory)!r}.")
+        text = self.to_json(auto_mapping)
+        os.makedirs(save_directory, exist_ok=True)
+        write_atomically(os.path.join(save_directory, CONFIG_NAME), text)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read ``adapter_config.json`` from a folder or a Hub repository.
+
+        The file says which class is made, as in PEFT; a file of another method than ``cls`` gives a warning.
+
+        Args:
+            pretrained_model_name_or_path: local folder or Hub repository.
+            subfolder: a folder inside it.
+            kwargs: keywords of ``huggingface_hub.hf_hub_download``, and values for fields that the file lacks. What
+                the file says is not overridden: assign to the returned configuration for that.
+
+        Raises:
+            CheckpointMissingError: no such file there.
+            CheckpointError: the file is damaged or names no method.
+            ConfigError: the file names an unknown method or holds a wrong value; names file and field.
+        """
+        hub_keywords = {key: value for key, value in kwargs.items() if key in HUB_KEYWORDS}
+        path = resolve_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder, **hub_keywords)
+        found = cls.from_json_file(path)
+        if not isinstance(found.get("peft_type"), str):
+            what = f"found {found['peft_type']!r}" if "peft_type" in found else "found no such key"
+            raise CheckpointError(f"{path}: key 'peft_type': expected the name of a method, {what}.")
+        target = _class_for(found["peft_type"], path)
+        if not issubclass(target, cls):
+            warnings.warn(
+                f"{path} is the configuration of {found['peft_type']}: {target.__name__} is returned, "
+                f"not {cls.__name__}.",
+                InlayWarning,
+                stacklevel=2,
+            )
+        extra = {key: value for key, value in kwargs.items() if key not in HUB_KEYWORDS}
+        names = {field.name for field in dataclasses.fields(target)}
+        unused = sorted(key for key in extra if key not in names or (key in found and found[key] != extra[key]))
+        if unused:
+            warnings.warn(
+                f"from_pretrained does not use the keywords {unused}: they are no fields of {target.__name__}, or "
+                f"{path} says otherwise; assign to the returned configuration instead.",
+                InlayWarning,
+                stacklevel=2,
+            )
+        values = {**{key: value for key, value in extra.items() if key in names}, **found}
+        return _from_values(target, target.check_kwargs(**values), str(path))
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """Return the content of a configuration file as a dict, without the fields that hold for one process only.
+
+        Raises:
+            CheckpointMissingError: no such file.
+            CheckpointError: the file is not a JSON object.
+        """
+        found = read_json_object(path_json_file)
+        for key in sorted(cls.not_saved & found.keys()):
+            warnings.warn(
+                f"{path_json_file}: {key!r} is ignored; it is never read from a file.", InlayWarning, stacklevel=2
+            )
+            del found[key]
+        return found
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """Make the configuration that ``peft_type`` names, or without it one of this class.
+
+        With ``peft_type`` given, unknown fields are dropped with a warning (they come from files of later versions).
+
+        Raises:
+            UnknownFieldError: an unknown field, and no ``peft_type``.
+            ConfigError: an unknown ``peft_type`` or a wrong value.
+        """
+        source = f"{cls.__name__}.from_peft_type"
+        if "peft_type" not in kwargs:
+            return cls(**kwargs)
+        return _from_values(_class_for(kwargs["peft_type"], source), kwargs, source)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Return the values read from a file, changed where a method must; called before the object is made."""
+        return kwargs
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> Any:
+        """Save to a Hub repository; ``max_shard_size`` is there for callers of PEFT, as one JSON file has no shards.
+
+        Returns:
+            The commit, as ``huggingface_hub`` describes it.
+
+        Raises:
+            MissingExtraError: huggingface_hub is not installed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(
+                folder,
+                repo_id,
+                commit_message=commit_message or "Upload adapter configuration",
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                tags=tags,
+            )
+
+
+@settings(
+    positional="num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers modules_to_save"
+)
+class PromptLearningConfig(SavedModulesField, PeftConfig):
+    """What the configurations of all methods with virtual tokens share; None is filled in from the model."""
+
+    num_virtual_tokens: int | None = setting(
+        None, doc="How many virtual tokens are learnt.", gt=0, parameters="proportional"
+    )
+    token_dim: int | None = setting(None, doc="Width of the model's embeddings.", gt=0, parameters="proportional")
+    num_transformer_submodules: int | None = setting(
+        None, doc="1 for a decoder or an encoder, 2 for an encoder with a decoder.", gt=0, parameters="proportional"
+    )
+    num_attention_heads: int | None = setting(None, doc="Number of attention heads of the model.", gt=0)
+    num_layers: int | None = setting(None, doc="Number of the model's blocks.", gt=0)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
+
+
+def _name(peft_type: Any) -> str | None:
+    return getattr(peft_type, "value", peft_type)
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _class_for(peft_type: Any, source: str) -> type[PeftConfig]:
+    from inlay.core.registry import config_class, method_types
+
+    try:
+        return config_class(peft_type)
+    except ConfigError as error:
+        reason = str(error)
+        if _name(peft_type) in PeftType.__members__:
+            reason = f"{_name(peft_type)!r} is a method of PEFT that is not available here; available: "
+            reason += f"{', '.join(method_types())}."
+        raise ConfigError(f"{source}: peft_type: {reason}") from None
+
+
+def _from_values(cls: type[PeftConfig], values: Mapping[str, Any], source: str) -> PeftConfig:
+    known, unknown = without_unknown(cls, values)
+    if unknown:
+        warnings.warn(
+            f"{source}: {cls.__name__} does not have these fields, which are ignored (a later version may know them): "
+            f"{'; '.join(unknown)}",
+            InlayWarning,
+            stacklevel=3,
+        )
+    try:
+        return build(cls, known)
+    except ConfigError as error:
+        raise type(error)(f"{source}: {error}") from error

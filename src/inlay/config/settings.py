@@ -1,0 +1,180 @@
+"""Dataclasses that check their values: `setting` declares a field, `Settings` and `settings` make the class."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import reprlib
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from inlay.config.checking import check_field
+from inlay.errors import ConfigError, UnknownFieldError, did_you_mean
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, dataclass_transform
+else:  # type checkers alone read the mark
+
+    def dataclass_transform(**_: Any) -> Any:
+        return lambda decorator: decorator
+
+
+__all__ = ["Settings", "setting", "settings"]
+
+Made = TypeVar("Made", bound=type[Any])
+
+
+def setting(
+    default: Any = MISSING,
+    *,
+    doc: str,
+    factory: Callable[[], Any] | None = None,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+    choices: Sequence[Any] | None = None,
+    parameters: str = "none",
+    check: Callable[[Any], str | None] | None = None,
+) -> Any:
+    """Declare one configuration field.
+
+    Args:
+        default: the value where none is given; ``factory`` makes mutable ones.
+        doc: one sentence on the effect; the reference pages are made from it.
+        gt, ge, lt, le: limits on the number, or on every number in a list or in a dict's values.
+        choices: the only values allowed.
+        parameters: the effect on the number of trained parameters, in a short phrase.
+        check: called with a value that is not None; returns what was expected where the value is wrong, else None.
+    """
+    metadata = {
+        "doc": doc,
+        "help": doc,  # the key that transformers' HfArgumentParser shows
+        "parameters": parameters,
+        "gt": gt,
+        "ge": ge,
+        "lt": lt,
+        "le": le,
+        "choices": None if choices is None else tuple(choices),
+        "check": check,
+    }
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _ConstructorSignature:
+    """Show ``inspect`` the dataclass's own constructor, which `Settings.__new__` would hide."""
+
+    def __get__(self, instance: object, owner: type[Any]) -> inspect.Signature:
+        signature = inspect.signature(owner.__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+class Settings:
+    """A dataclass whose values are checked against their annotations and limits.
+
+    Sub-configurations derive from it directly; they are written to JSON as nested objects.
+    """
+
+    __signature__ = _ConstructorSignature()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        names = [field.name for field in _fields(cls) if field.init]
+        for key in kwargs:
+            if key not in names:
+                raise UnknownFieldError(
+                    f"{cls.__name__}() got an unexpected keyword argument {key!r}.{did_you_mean(key, names)}"
+                )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field again, as the constructor did; useful after assigning to one.
+
+        Raises:
+            ConfigTypeError: a value of the wrong type.
+            ConfigError: a value that is not allowed, by itself or beside another.
+        """
+        cls = type(self)
+        checked = {
+            field.name: check_field(cls, field, getattr(self, field.name))
+            for field in _fields(self)
+            if hasattr(self, field.name)  # one without a default that the constructor does not take
+        }
+        for name, value in checked.items():
+            setattr(self, name, value)
+        for part in reversed(cls.__mro__):
+            if "check_fields" in vars(part):
+                vars(part)["check_fields"](self)
+
+    def __repr__(self) -> str:
+        shown = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name, None)
+            default = field.default_factory() if field.default_factory is not MISSING else self._implied(field)
+            if value != default:
+                text = reprlib.repr(getattr(value, "value", value))
+                shown.append(f"{field.name}={text}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _implied(self, field: dataclasses.Field[Any]) -> Any:
+        """Return the value that needs no mention in a repr."""
+        return getattr(type(self), field.name, field.default)
+
+
+def _fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+
+
+@overload
+def settings(cls: Made, /) -> Made: ...
+@overload
+def settings(*, positional: str) -> Callable[[Made], Made]: ...
+@dataclass_transform(field_specifiers=(setting, dataclasses.field))
+def settings(cls: Any = None, /, *, positional: str = "") -> Any:
+    """Class decorator: ``dataclass``, with a chosen order of arguments and a repr of what is not default.
+
+    Args:
+        positional: field names between spaces. Fields of the configuration that is extended always come first, fields
+            not named here last.
+
+    Raises:
+        ConfigError: ``positional`` names a field that the class does not have.
+    """
+
+    def apply(cls: Any) -> Any:
+        cls = dataclass(repr=False)(cls)
+        if positional:
+            _reorder(cls, positional.split())
+        return cls
+
+    return apply if cls is None else apply(cls)
+
+
+def _reorder(cls: Any, order: list[str]) -> None:
+    table: dict[str, dataclasses.Field[Any]] = cls.__dataclass_fields__
+    for name in order:
+        if name not in table:
+            raise ConfigError(f"{cls.__name__} has no field {name!r} to order.{did_you_mean(name, table)}")
+    extended = next((base for base in cls.__mro__[1:] if issubclass(base, Settings) and base is not Settings), None)
+    first = [field.name for field in _fields(extended)] if extended else []
+    names = list(dict.fromkeys([*first, *order, *(field.name for field in _fields(cls))]))
+    # Dataclasses take their order from inheritance alone, so the constructor is borrowed from a flat twin.
+    flat: list[tuple[str, Any, Any]] = []
+    for name in names:
+        field = table[name]
+        if field.default_factory is MISSING:
+            flat.append((name, field.type, dataclasses.field(init=field.init, default=field.default)))
+        else:
+            flat.append((name, field.type, dataclasses.field(init=field.init, default_factory=field.default_factory)))
+    twin: Any = dataclasses.make_dataclass(cls.__name__, flat, namespace={"__post_init__": cls.__post_init__})
+    twin.__init__.__qualname__ = f"{cls.__qualname__}.__init__"
+    twin.__init__.__module__ = cls.__module__
+    for name in ("__init__", "__match_args__"):
+        setattr(cls, name, getattr(twin, name))
+    # What is left are class variables, which dataclasses keep in the same table.
+    cls.__dataclass_fields__ = {name: table[name] for name in dict.fromkeys([*names, *table])}
