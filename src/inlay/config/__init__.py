@@ -2,6 +2,7 @@
 
 from inlay.config.base import COMPATIBLE_PEFT_VERSION, PeftConfig, PromptLearningConfig
 from inlay.config.checking import check_field, field_hints
+from inlay.config.defaults import default_feedforward, default_targets, families
 from inlay.config.fields import (
     ALL_LINEAR,
     ExcludeField,
@@ -46,6 +47,9 @@ __all__ = [
     "bias_setting",
     "check_field",
     "check_pattern",
+    "default_feedforward",
+    "default_targets",
+    "families",
     "field_hints",
     "read_json_object",
     "resolve_file",

@@ -8,9 +8,9 @@ A method's configuration is written like this::
         r: int = setting(8, doc="Rank of the update.", gt=0, parameters="proportional")
         dropout: float = setting(0.0, doc="...", ge=0, lt=1)
 
-Mix-ins stand before `PeftConfig`, so that its fields come first. ``positional`` gives the order of positional
-arguments where it differs from the order of declaration; fields it leaves out follow. A plain ``@dataclass`` works
-too. Rules that join several fields go into ``check_fields(self)``, which runs after the fields were checked one by one.
+``positional`` gives the order of positional arguments where it differs from mix-ins first, own fields next; what it
+leaves out follows. A plain ``@dataclass`` works too, with that order and a longer repr.
+Rules that join several fields go into ``check_fields(self)``, which runs after the fields were checked one by one.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ def conform(value: Any, hint: Any, path: str) -> Any:
         if callable(value):
             return value
         raise _Misfit(path, "something callable", value)
-    if not isinstance(kind, type):
-        return value  # Any, a type variable: nothing to hold the value against
+    if kind is Any or not isinstance(kind, type):
+        return value  # a type variable, say: nothing to hold the value against
     if kind in (int, float):
         if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
             raise _Misfit(path, describe(hint), value)

@@ -6,10 +6,11 @@ import dataclasses
 import inspect
 import reprlib
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from inlay.config.checking import check_field
+from inlay.config.checking import check_field, field_hints
 from inlay.errors import ConfigError, UnknownFieldError, did_you_mean
 
 if TYPE_CHECKING:
@@ -80,6 +81,25 @@ class Settings:
 
     __signature__ = _ConstructorSignature()
 
+    def __init_subclass__(cls) -> None:
+        """Bring the fields of mix-ins among the class's own, before ``dataclass`` looks at them.
+
+        Dataclasses put inherited fields first and in the order of inheritance, which could never give every method
+        the order of arguments that it has in PEFT. So mix-ins are no dataclasses themselves.
+        """
+        super().__init_subclass__()
+        inherited = {field.name for base in cls.__mro__[1:] for field in _fields(base)}
+        woven: dict[str, Any] = {}
+        for part in cls.__mro__[1:]:
+            for name in inspect.get_annotations(part):
+                declared = vars(part).get(name)
+                if isinstance(declared, dataclasses.Field) and name not in inherited and name not in woven:
+                    woven[name] = field_hints(part)[name]
+                    if name not in vars(cls):
+                        # A field object belongs to one class, which writes its name into it.
+                        setattr(cls, name, copy(declared))
+        cls.__annotations__ = {**woven, **inspect.get_annotations(cls)}
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         names = [field.name for field in _fields(cls) if field.init]
         for key in kwargs:
@@ -139,42 +159,21 @@ def settings(cls: Any = None, /, *, positional: str = "") -> Any:
     """Class decorator: ``dataclass``, with a chosen order of arguments and a repr of what is not default.
 
     Args:
-        positional: field names between spaces. Fields of the configuration that is extended always come first, fields
-            not named here last.
+        positional: field names between spaces. Fields of the configuration that is extended come before them, those of
+            mix-ins and of the class itself that are not named, after them.
 
     Raises:
         ConfigError: ``positional`` names a field that the class does not have.
     """
 
     def apply(cls: Any) -> Any:
-        cls = dataclass(repr=False)(cls)
-        if positional:
-            _reorder(cls, positional.split())
-        return cls
+        if not issubclass(cls, Settings):
+            return cls  # a mix-in: `Settings` weaves its fields into the classes that use it
+        declared = inspect.get_annotations(cls)
+        for name in positional.split():
+            if name not in declared:
+                raise ConfigError(f"{cls.__name__} has no field {name!r} to order.{did_you_mean(name, declared)}")
+        cls.__annotations__ = {name: declared[name] for name in dict.fromkeys([*positional.split(), *declared])}
+        return dataclass(repr=False)(cls)
 
     return apply if cls is None else apply(cls)
-
-
-def _reorder(cls: Any, order: list[str]) -> None:
-    table: dict[str, dataclasses.Field[Any]] = cls.__dataclass_fields__
-    for name in order:
-        if name not in table:
-            raise ConfigError(f"{cls.__name__} has no field {name!r} to order.{did_you_mean(name, table)}")
-    extended = next((base for base in cls.__mro__[1:] if issubclass(base, Settings) and base is not Settings), None)
-    first = [field.name for field in _fields(extended)] if extended else []
-    names = list(dict.fromkeys([*first, *order, *(field.name for field in _fields(cls))]))
-    # Dataclasses take their order from inheritance alone, so the constructor is borrowed from a flat twin.
-    flat: list[tuple[str, Any, Any]] = []
-    for name in names:
-        field = table[name]
-        if field.default_factory is MISSING:
-            flat.append((name, field.type, dataclasses.field(init=field.init, default=field.default)))
-        else:
-            flat.append((name, field.type, dataclasses.field(init=field.init, default_factory=field.default_factory)))
-    twin: Any = dataclasses.make_dataclass(cls.__name__, flat, namespace={"__post_init__": cls.__post_init__})
-    twin.__init__.__qualname__ = f"{cls.__qualname__}.__init__"
-    twin.__init__.__module__ = cls.__module__
-    for name in ("__init__", "__match_args__"):
-        setattr(cls, name, getattr(twin, name))
-    # What is left are class variables, which dataclasses keep in the same table.
-    cls.__dataclass_fields__ = {name: table[name] for name in dict.fromkeys([*names, *table])}
