@@ -1,0 +1,59 @@
+"""The typer application: commands from the table in ``inlay.cli``, and options that take several values."""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from inlay.cli import COMMANDS
+
+
+def run(words: list[str]) -> int:
+    """Parse ``words`` and run the command; typer's own usage errors return 2."""
+    name = next((word for word in words if not word.startswith("-")), None)
+    application = typer.Typer(
+        name="inlay",
+        help="Adapters for pretrained models: train, look at, merge and try them.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    application.callback()(_options)
+    lists: tuple[str, ...] = ()
+    for command, place in COMMANDS.items():
+        module = import_module(place)
+        application.command(command)(module.command)
+        if command == name:
+            lists = getattr(module, "LISTS", ())
+    # These speak to whoever calls transformers, not to whoever runs a command.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    try:
+        application(spread(words, lists), prog_name="inlay")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Adapters for pretrained models: train, look at, merge and try them."""
+
+
+def spread(words: list[str], lists: tuple[str, ...]) -> list[str]:
+    """Let ``--data a b c`` mean ``--data a --data b --data c`` for the options in ``lists``."""
+    spread_out: list[str] = []
+    option = None
+    first = True
+    for word in words:
+        if word.startswith("-"):
+            option = word if word in lists else None
+            first = True
+        elif option is not None and not first:
+            spread_out.append(option)
+        spread_out.append(word)
+        if not word.startswith("-"):
+            first = False
+    return spread_out

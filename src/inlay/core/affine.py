@@ -1,0 +1,184 @@
+"""The view that methods have of a layer: ``Affine`` (the map), ``Site`` (its frozen shape), ``Delta`` (an update).
+
+Whatever a layer is, its weight is a matrix of shape (out, fan_in): a convolution is flattened, an embedding is a
+linear layer on one-hot rows, a norm has fan_in 1. A bank of experts has leading axes: (experts, out, fan_in).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay.core.slot import Init, Slot, zeros
+from inlay.errors import UnsupportedError
+
+__all__ = ["Affine", "Delta", "Dense", "LowRank", "Site"]
+
+
+class Affine:
+    """The affine map ``x -> x @ weight.T + bias``.
+
+    Attributes:
+        weight: (*experts, out, fan_in).
+        bias: (out,) or None.
+    """
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def add(self, delta: Delta) -> Affine:
+        """Return this map plus an update, in the wider dtype of the two."""
+        bias = self.bias
+        if delta.bias is not None:
+            bias = delta.bias * delta.scale if bias is None else bias + delta.bias * delta.scale
+        return Affine(self.weight + delta.dense(), bias)
+
+
+@dataclass(frozen=True)
+class Site:
+    """The frozen shape of one adapted place. Methods see a site, never a layer class.
+
+    Attributes:
+        name: dotted path of the layer in the model.
+        kind: name of the layer kind.
+        out: output features or channels.
+        channels: input features or channels that one output sees (for a grouped convolution: per group).
+        kernel: spatial kernel shape, empty for anything but a convolution.
+        groups: groups of a convolution.
+        experts: leading axes of an expert bank.
+        lookup: inputs are indices, not features (an embedding).
+        elementwise: the weight multiplies elementwise (a norm); it is presented with one channel.
+        bias: whether the layer has a bias.
+        transposed: the weight is stored as (in, out).
+        parameter: the parameter's name where the site is a bare parameter; such a site knows ``rewrite`` only.
+    """
+
+    name: str
+    kind: str
+    out: int
+    channels: int
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    experts: tuple[int, ...] = ()
+    lookup: bool = False
+    elementwise: bool = False
+    bias: bool = False
+    transposed: bool = False
+    parameter: str | None = None
+
+    @property
+    def fan_in(self) -> int:
+        """Columns of the weight matrix."""
+        return self.channels * math.prod(self.kernel)
+
+    @property
+    def all_channels(self) -> int:
+        """Input channels over all groups."""
+        return self.channels * self.groups
+
+    def shape(self, dims: str, **sizes: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Resolve dims such as ``"r in *kernel"`` to a shape and one name per axis.
+
+        Known: ``out``, ``in``, ``all_in``, ``fan_in``, ``*kernel``, ``*ones`` (a one per kernel axis),
+        ``*experts``, integers, and whatever ``sizes`` names.
+        """
+        known = {"out": self.out, "in": self.channels, "all_in": self.all_channels, "fan_in": self.fan_in, **sizes}
+        shape: list[int] = []
+        names: list[str] = []
+        for dim in dims.split():
+            if dim.startswith("*"):
+                extents = {"*kernel": self.kernel, "*ones": (1,) * len(self.kernel), "*experts": self.experts}[dim]
+                shape.extend(extents)
+                names.extend([dim[1:]] * len(extents))
+            else:
+                shape.append(int(dim) if dim.isdigit() else known[dim])
+                names.append(dim)
+        return tuple(shape), tuple(names)
+
+    def slot(self, key: str, dims: str, init: Init = zeros, *, options: dict[str, Any] | None = None, **sizes: int) -> Slot:
+        """Return a slot whose shape is resolved at this site; ``options`` are further fields of the slot."""
+        shape, names = self.shape(dims, **sizes)
+        return Slot(key, shape, names, init, **(options or {}))
+
+    def along_output(self, vector: Tensor) -> Tensor:
+        """Shape a vector (out,) so that it multiplies the layer's output by feature or channel."""
+        return vector.view(-1, *([1] * len(self.kernel))) if self.kernel else vector
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """Flatten everything behind the row axis: a kernel (out, in, kh, kw) becomes (out, in * kh * kw)."""
+        rows = len(self.experts) + 1
+        return tensor.flatten(rows) if tensor.dim() > rows + 1 else tensor
+
+
+class Delta:
+    """An additive update of a layer, kept as an operator until someone needs it dense.
+
+    Attributes:
+        scale: a factor on weight and bias of the update.
+        bias: (out,) or None, unscaled.
+    """
+
+    scale: float | Tensor = 1.0
+    bias: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """Return the scaled update as a matrix (*experts, out, fan_in)."""
+        raise NotImplementedError
+
+    def scaled(self, factor: float | Tensor) -> Delta:
+        """Return the update times a factor, without touching its tensors."""
+        if isinstance(factor, (int, float)) and factor == 1.0:
+            return self
+        copy = object.__new__(type(self))
+        for name, value in self.__dict__.items():
+            setattr(copy, name, value)
+        copy.scale = self.scale * factor
+        return copy
+
+
+class Dense(Delta):
+    """An update given as a matrix."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.scale = 1.0
+
+    def dense(self) -> Tensor:
+        return self.weight * self.scale
+
+
+class LowRank(Delta):
+    """The update ``B @ A``.
+
+    Args:
+        B: (*experts, out, r).
+        A: (*experts, r, fan_in).
+        bias: (out,) or None.
+        groups: more than 1 for a grouped convolution whose A reads all input channels while each group of outputs
+            uses its own slice of the rank: B is then (out, r / groups). Such an update crosses groups, so the
+            layer's own weight cannot hold it.
+    """
+
+    def __init__(self, B: Tensor, A: Tensor, bias: Tensor | None = None, groups: int = 1) -> None:
+        self.B = B
+        self.A = A
+        self.bias = bias
+        self.groups = groups
+        self.scale = 1.0
+
+    def dense(self) -> Tensor:
+        if self.groups > 1:
+            raise UnsupportedError(
+                "a grouped convolution has no weights between its groups, and this low-rank update crosses them: "
+                "it runs unmerged, but cannot be written into the weight"
+            )
+        A = self.A.to(self.B.dtype) if self.A.dtype != self.B.dtype else self.A
+        return torch.matmul(self.B, A) * self.scale

@@ -1,0 +1,115 @@
+"""What belongs to one forward: which adapter serves which sample, and whether adapters are off.
+
+A :class:`Call` is immutable and lives in a ``threading.local``, so that threads do not see each other's. It must
+also be there when a gradient checkpoint recomputes its block inside backward, long after the ``with`` has ended,
+maybe in one of autograd's own threads. So a layer that runs under a call leaves it with every checkpoint it finds
+on the stack, and a layer that is recomputed inside backward takes it from there.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils.checkpoint as torch_checkpoint
+
+if TYPE_CHECKING:
+    from inlay.core.state import State
+
+__all__ = ["Call", "calls_in_force", "opened"]
+
+_CHECKPOINT_FILE = torch_checkpoint.__file__
+_MARK = "_inlay_calls"
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The choices of one forward of one model.
+
+    Attributes:
+        state: the model it belongs to; layers of other models ignore it.
+        names: adapter by sample (``__base__`` for none), or None.
+        disabled: no adapter at all.
+    """
+
+    state: State
+    names: tuple[str, ...] | None = None
+    disabled: bool = False
+
+
+class _Local(threading.local):
+    calls: tuple[Call, ...] = ()
+
+
+_local = _Local()
+
+
+@contextmanager
+def opened(state: State, *, names: Sequence[str] | None = None, disabled: bool | None = None) -> Iterator[Call]:
+    """Open a call on ``state`` for the running thread; what is not given is inherited from the enclosing one."""
+    before = _local.calls
+    call = next((outer for outer in reversed(before) if outer.state is state), None) or Call(state)
+    if names is not None:
+        call = replace(call, names=tuple(names))
+    if disabled is not None:
+        call = replace(call, disabled=disabled)
+    _local.calls = (*before, call)
+    try:
+        yield call
+    finally:
+        _local.calls = before
+
+
+def calls_in_force() -> tuple[Call, ...]:
+    """Return the calls that the running forward, or the recomputation of one, must honour."""
+    if torch.compiler.is_compiling():
+        return _local.calls
+    if torch._C._current_graph_task_id() != -1:
+        return _recalled()
+    calls = _local.calls
+    if calls:
+        for holder in _checkpoints_on_stack():
+            setattr(holder, _MARK, calls)
+    return calls
+
+
+def _recalled() -> tuple[Call, ...]:
+    """Inside backward: the calls that the recomputed checkpoint ran under (nested checkpoints inherit them)."""
+    inner = []
+    for holder, recomputing in _walk(sys._getframe(2)):
+        if recomputing:
+            calls = getattr(holder, _MARK, ())
+            for nested in inner:
+                setattr(nested, _MARK, calls)
+            return calls
+        inner.append(holder)
+    return ()
+
+
+def _checkpoints_on_stack() -> Iterator[Any]:
+    return (holder for holder, recomputing in _walk(sys._getframe(2)) if not recomputing)
+
+
+def _walk(frame: FrameType | None) -> Iterator[tuple[Any, bool]]:
+    """Yield (object that lives as long as the checkpoint does, whether it is being recomputed), innermost first."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == _CHECKPOINT_FILE:
+            name = code.co_name
+            if name == "forward" and "ctx" in frame.f_locals:  # CheckpointFunction: reentrant
+                yield frame.f_locals["ctx"], False
+            elif name == "backward" and "ctx" in frame.f_locals:
+                yield frame.f_locals["ctx"], True
+            elif name == "checkpoint" and frame.f_locals.get("gen") is not None:  # not reentrant
+                running = frame.f_locals["gen"].gi_frame
+                if running is not None and "new_frame" in running.f_locals:
+                    yield running.f_locals["new_frame"], False
+            elif name == "unpack_hook" and "frame" in frame.f_locals:
+                yield frame.f_locals["frame"], True
+        frame = frame.f_back

@@ -1,0 +1,68 @@
+"""What a method sees below itself on a layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from inlay.core.affine import Affine, Delta
+from inlay.kernels.table import apply_delta
+
+if TYPE_CHECKING:
+    from inlay.core.layer import AdaptedLayer, Entry
+
+__all__ = ["Inner"]
+
+
+class Inner:
+    """The layer as it is below one entry of the chain. It lives for one forward.
+
+    ``inner(x)`` runs what is below; ``inner.apply(x, delta)`` multiplies by an operator the way the layer itself
+    would (stride, padding, lookup); ``inner.affine()`` and ``inner.base_affine()`` read the maps; ``inner.run(x,
+    affine)`` runs the layer with another map, for a method with no cheaper form.
+    """
+
+    __slots__ = ("args", "chain", "depth", "kwargs", "layer")
+
+    def __init__(
+        self, layer: AdaptedLayer, chain: tuple[Entry, ...], depth: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.layer = layer
+        self.chain = chain
+        self.depth = depth
+        self.args = args
+        self.kwargs = kwargs
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.depth == 0:
+            return self.layer.base_layer(x, *self.args, **self.kwargs)
+        below = self.depth - 1
+        entry = self.chain[below]
+        p = self.layer.params(entry)
+        if p.training and entry.skip_probability > 0.0 and self.layer.skipped(entry.skip_probability):
+            return Inner(self.layer, self.chain, below, self.args, self.kwargs)(x)
+        inner = Inner(self.layer, self.chain, below, self.args, self.kwargs)
+        return entry.method.forward(entry.site, p, x, inner)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether nothing but the base layer is below, so that ``inner(x)`` is its own output."""
+        return self.depth == 0 and not self.layer.merged
+
+    def apply(self, x: Tensor, delta: Delta) -> Tensor:
+        """Return the update's share of the output for input ``x``."""
+        layer = self.layer
+        return apply_delta(layer.kind, layer.leaf_layer, layer.site, x, delta, layer.state.policy.compute)
+
+    def affine(self) -> Affine:
+        """Return the map of what is below, in weight space."""
+        return self.layer.fold(self.chain[: self.depth])
+
+    def base_affine(self) -> Affine:
+        """Return the map of the untouched layer."""
+        return self.layer.base_affine()
+
+    def run(self, x: Tensor, affine: Affine) -> Tensor:
+        """Run the layer with another map."""
+        return self.layer.kind.run(self.layer.leaf_layer, self.layer.site, affine, x, self.args, self.kwargs)

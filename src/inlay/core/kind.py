@@ -1,0 +1,140 @@
+"""The contract of a layer kind: a layer as an affine map, and back.
+
+A kind knows one family of layer classes. It knows no method and no storage: tensors are read and written through
+``core.storage``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core import storage
+from inlay.core.affine import Affine, Site
+from inlay.core.route import split_rows
+from inlay.core.slot import Slot
+
+if TYPE_CHECKING:
+    from inlay.core.layer import AdaptedLayer
+    from inlay.core.state import State
+
+__all__ = ["Holder", "Kind", "kind_of", "register_kind"]
+
+
+class Holder(nn.Module):
+    """A module that only holds the tensors of one slot group; it has no forward of its own."""
+
+
+class Kind:
+    """One family of layer classes.
+
+    Class attributes:
+        name: the key of the fast-path table.
+        activation: False where only ``rewrite`` makes sense (``nn.MultiheadAttention``, bare parameters).
+        all_linear: whether ``target_modules="all-linear"`` means layers of this kind.
+        weight_name, bias_name: the parameters' names.
+    """
+
+    name: ClassVar[str]
+    activation: ClassVar[bool] = True
+    all_linear: ClassVar[bool] = False
+    weight_name: ClassVar[str] = "weight"
+    bias_name: ClassVar[str] = "bias"
+
+    def claims(self, module: nn.Module) -> bool:
+        """Whether the module is of this kind."""
+        raise NotImplementedError
+
+    def site(self, name: str, module: nn.Module) -> Site:
+        """Return the module's frozen shape.
+
+        Raises:
+            UnsupportedError: the module has a form that cannot be adapted.
+        """
+        raise NotImplementedError
+
+    def run(
+        self,
+        module: nn.Module,
+        site: Site,
+        affine: Affine,
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Run the module on ``x`` with another map, in ``dtype`` (by default the input's, or the weight's)."""
+        raise NotImplementedError
+
+    # -- with defaults -------------------------------------------------------------------------------------------
+
+    def to_matrix(self, site: Site, stored: Tensor) -> Tensor:
+        """Turn a stored weight into (*experts, out, fan_in), as a view."""
+        return stored
+
+    def from_matrix(self, site: Site, weight: Tensor) -> Tensor:
+        """The inverse of :meth:`to_matrix`."""
+        return weight
+
+    def read(self, module: nn.Module, site: Site) -> Affine:
+        """Return the module's map; plain weights are not copied."""
+        bias = storage.read(module, self.bias_name) if site.bias else None
+        return Affine(self.to_matrix(site, storage.read(module, self.weight_name)), bias)
+
+    def stored(self, module: nn.Module, site: Site, affine: Affine) -> dict[str, Tensor]:
+        """Return what to write so that the module computes ``affine``: stored tensors by parameter name."""
+        tensors = {self.weight_name: self.from_matrix(site, affine.weight)}
+        if affine.bias is not None and site.bias:
+            tensors[self.bias_name] = affine.bias
+        return tensors
+
+    def adapt(self, module: nn.Module, site: Site, state: State) -> AdaptedLayer:
+        """Return the adapted layer that is to stand where the module stands."""
+        from inlay.core.layer import AdaptedLayer
+
+        return AdaptedLayer(module, self, site, state)
+
+    def weight_dtype(self, module: nn.Module) -> torch.dtype | None:
+        """Dtype of the weight, None where it is not floating."""
+        return storage.floating_dtype(module, self.weight_name)
+
+    def routed(
+        self,
+        layer: nn.Module,
+        names: tuple[str, ...],
+        run: Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run ``run(adapter, args, kwargs)`` on each adapter's samples and put the rows back in order."""
+        return split_rows(str(self.name), names, run, args, kwargs)
+
+    def leaf(self, site: Site, slot: Slot) -> nn.Module:
+        """Return an empty module for a slot that asks for one that can be called (``slot.leaf``)."""
+        return Holder()
+
+
+_kinds: list[Kind] = []
+_by_class: dict[type[nn.Module], Kind | None] = {}
+
+
+def register_kind(kind: Kind) -> None:
+    """Add a kind; later ones are asked first."""
+    _kinds.insert(0, kind)
+    _by_class.clear()
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """Return the kind that claims the module, or None.
+
+    The answer is cached by class: a kind must judge by class alone, and refuse odd instances in ``site``.
+    """
+    import inlay.kinds  # noqa: F401  the built-in kinds register themselves
+
+    cls = type(module)
+    if cls not in _by_class:
+        _by_class[cls] = next((kind for kind in _kinds if kind.claims(module)), None)
+    return _by_class[cls]

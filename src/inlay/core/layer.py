@@ -1,0 +1,410 @@
+"""The one module that stands where an adapted layer stood."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core import storage
+from inlay.core.affine import Affine, Site
+from inlay.core.call import Call, calls_in_force
+from inlay.core.dtype import merge_dtype
+from inlay.core.inner import Inner
+from inlay.core.kind import Kind
+from inlay.core.method import Method, P
+from inlay.core.slot import Slot
+from inlay.core.state import BASE, State
+from inlay.errors import RoutingError, StateError
+
+__all__ = ["AdaptedLayer", "AdapterTensors", "Entry", "OptionView"]
+
+
+class AdapterTensors(nn.Module):
+    """Parameters and buffers by adapter name; reads like a dict.
+
+    Any adapter name can be a key, also one that names an attribute of ``nn.Module``.
+    """
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._parameters.get(name)
+        if tensor is None:
+            tensor = self._buffers.get(name)
+        if tensor is None:
+            raise KeyError(name)
+        return tensor
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if isinstance(tensor, nn.Parameter):
+            self._parameters[name] = tensor
+        else:
+            self._buffers[name] = tensor
+
+    def __delitem__(self, name: str) -> None:
+        if self._parameters.pop(name, None) is None and self._buffers.pop(name, None) is None:
+            raise KeyError(name)
+        self._non_persistent_buffers_set.discard(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parameters or name in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._parameters, *self._buffers])
+
+    def __len__(self) -> int:
+        return len(self._parameters) + len(self._buffers)
+
+    def keys(self) -> list[str]:
+        return list(self)
+
+    def values(self) -> list[Tensor]:
+        return [self[name] for name in self]
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        return [(name, self[name]) for name in self]
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in self.items())
+
+
+class Entry:
+    """One adapter's method at one layer.
+
+    Attributes:
+        name: the adapter.
+        method, site: as planned.
+        options: the site's numbers; changed through the layer's views.
+        places: (role, containers below the layer, attribute below the adapter's name) of each slot.
+        home: the module that holds the containers: the layer itself, or another one for tied tensors.
+        skip_probability: chance of leaving the adapter out of one training forward (``module_dropout``).
+    """
+
+    __slots__ = ("home", "method", "name", "options", "places", "site", "skip_probability")
+
+    def __init__(self, name: str, method: Method, site: Site, slots: dict[str, Slot]) -> None:
+        self.name = name
+        self.method = method
+        self.site = site
+        self.options: dict[str, Any] = method.options(site)
+        self.places = tuple((role, *slot.place) for role, slot in slots.items())
+        self.home: nn.Module | None = None
+        self.skip_probability = float(getattr(method.config, "module_dropout", 0.0) or 0.0)
+
+
+class OptionView(MutableMapping[str, Any]):
+    """One number of a layer by adapter name (``layer.scaling["default"]``); writing it changes the layer."""
+
+    def __init__(self, layer: AdaptedLayer, option: str) -> None:
+        self._layer = layer
+        self._option = option
+
+    def _entry(self, name: str) -> Entry:
+        for entry in self._layer.entries.get(name, ()):
+            if self._option in entry.options:
+                return entry
+        raise KeyError(name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._entry(name).options[self._option]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._entry(name).options[self._option] = value
+        self._layer.state.touch()
+
+    def __delitem__(self, name: str) -> None:
+        raise StateError(f"{self._option!r} of an adapter cannot be removed; delete the adapter instead")
+
+    def __iter__(self) -> Iterator[str]:
+        return (
+            name
+            for name, entries in self._layer.entries.items()
+            if any(self._option in entry.options for entry in entries)
+        )
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class AdaptedLayer(nn.Module):
+    """A layer with adapters: the untouched layer as ``base_layer``, and a chain of methods over it.
+
+    Attributes that it does not have are the base layer's, so ``weight``, ``bias`` or ``in_features`` can be read.
+    """
+
+    base_layer: nn.Module
+
+    def __init__(self, base: nn.Module, kind: Kind, site: Site, state: State) -> None:
+        super().__init__()
+        own = self.__dict__
+        own["kind"] = kind
+        own["site"] = site
+        own["entries"] = {}
+        own["_state"] = state
+        own["_own_active"] = None  # a layer that was given active adapters of its own
+        own["_own_enabled"] = None
+        own["_merged"] = ()
+        own["_kept"] = {}  # base tensors as they were before merging
+        own["_chain"] = (-1, ())
+        self._modules["base_layer"] = base
+        self.training = base.training
+        state.enter(self)
+
+    # -- attributes ---------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            pass
+        entries = self.__dict__.get("entries")
+        if entries is not None and not name.startswith("_"):
+            if any(name in entry.options for held in entries.values() for entry in held):
+                return OptionView(self, name)
+            base = self.__dict__["_modules"].get("base_layer")
+            if base is not None:
+                return getattr(base, name)
+        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__["_chain"] = (-1, ())
+        self._state.enter(self)
+
+    @property
+    def state(self) -> State:
+        """The state shared by all adapted layers of the model."""
+        return self.__dict__["_state"]
+
+    @property
+    def leaf_layer(self) -> nn.Module:
+        """The module whose tensors are the layer's map."""
+        return self._modules["base_layer"]  # type: ignore[return-value]
+
+    # -- who is on ------------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the active adapters in activation order, whether or not this layer has them."""
+        own = self.__dict__["_own_active"]
+        return self.state.active if own is None else own
+
+    @property
+    def enabled(self) -> bool:
+        own = self.__dict__["_own_enabled"]
+        return self.state.enabled if own is None else own
+
+    def override(self, active: tuple[str, ...] | None = None, enabled: bool | None = None) -> None:
+        """Give this layer active adapters (or an on/off switch) of its own; None leaves the old answer."""
+        if active is not None:
+            self.__dict__["_own_active"] = active
+        if enabled is not None:
+            self.__dict__["_own_enabled"] = enabled
+        self.state.touch()
+
+    def follow(self) -> None:
+        """Follow the model's state again."""
+        self.__dict__["_own_active"] = self.__dict__["_own_enabled"] = None
+
+    def _resolve(self) -> tuple[Entry, ...]:
+        if not self.enabled:
+            return ()
+        merged = self._merged
+        return tuple(entry for name in self.active if name not in merged for entry in self.entries.get(name, ()))
+
+    def chain(self) -> tuple[Entry, ...]:
+        """Entries over the base layer, the lowest first, as the state says."""
+        if torch.compiler.is_compiling():
+            return self._resolve()
+        version = self.__dict__["_state"].version
+        cached = self.__dict__["_chain"]
+        if cached[0] != version:
+            cached = (version, self._resolve())
+            self.__dict__["_chain"] = cached
+        return cached[1]
+
+    # -- tensors ------------------------------------------------------------------------------------------------------
+
+    def params(self, entry: Entry) -> P:
+        """Return an entry's tensors by role, with its numbers."""
+        home = entry.home if entry.home is not None else self
+        dropout = None
+        if entry.method.dropout_field is not None:
+            held = home._modules.get(entry.method.dropout_field)
+            if held is not None:
+                dropout = held._modules.get(entry.name)
+        p = P(dropout)
+        values = p.__dict__
+        values["training"] = self.training
+        values.update(entry.options)
+        for role, containers, leaf in entry.places:
+            holder: Any = home
+            for part in containers:
+                holder = holder._modules[part]
+            values[role] = getattr(holder._modules[entry.name], leaf) if leaf else holder[entry.name]
+        shared = self.state.shared._modules.get(entry.name)
+        if shared is not None:
+            for role, tensor in shared._buffers.items():
+                values[role] = tensor
+            for role, parameter in shared._parameters.items():
+                values[role] = parameter
+        return p
+
+    def present_affine(self) -> Affine:
+        """The map of the base layer as it stands, with what is merged into it."""
+        leaf = self.leaf_layer
+        with storage.onloaded(leaf):
+            return self.kind.read(leaf, self.site)
+
+    def base_affine(self) -> Affine:
+        """The map of the untouched layer, also while something is merged."""
+        present = self.present_affine()
+        if not self._merged:
+            return present
+        kept = self._kept
+        if not kept:
+            raise StateError(
+                f"{self.site.name!r}: the untouched weight is needed and was not kept when adapters were merged; "
+                "merge with keep='copy'"
+            )
+        weight = kept[self.kind.weight_name].to(present.weight.device)
+        bias = kept.get(self.kind.bias_name)
+        return Affine(
+            self.kind.to_matrix(self.site, weight), present.bias if bias is None else bias.to(weight.device)
+        )
+
+    def fold(self, chain: tuple[Entry, ...], dtype: torch.dtype | None = None) -> Affine:
+        """Return the map with the entries of ``chain`` written into it, in weight space.
+
+        ``dtype`` raises the base first, so that a merge rounds once.
+        """
+        layer = self.present_affine()
+        base = self.base_affine() if self._merged else layer
+        if dtype is not None:
+            layer = Affine(layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
+            base = Affine(base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype))
+        for entry in chain:
+            layer = entry.method.rewrite(entry.site, self.params(entry), layer, base)
+        return layer
+
+    def merged_tensors(self, chain: tuple[Entry, ...]) -> dict[str, Tensor]:
+        """Return what merging ``chain`` would store, by parameter name, not yet rounded to the stored dtype."""
+        leaf = self.leaf_layer
+        weight = self.kind.weight_dtype(leaf)
+        with torch.no_grad():
+            folded = self.fold(chain, merge_dtype(weight or torch.float32))
+        return self.kind.stored(leaf, self.site, folded)
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def skipped(self, probability: float) -> bool:
+        """Draw whether this training forward leaves an adapter out."""
+        return bool(torch.rand(()) < probability)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for call in reversed(calls_in_force()):
+            if call.state is self.state:
+                if call.disabled:
+                    return self._run((), args, kwargs, off=True)
+                if call.names is not None:
+                    return self._routed(call, args, kwargs)
+                break
+        return self._run(self.chain(), args, kwargs, off=not self.enabled)
+
+    def _run(self, chain: tuple[Entry, ...], args: tuple[Any, ...], kwargs: dict[str, Any], off: bool = False) -> Any:
+        """Run the layer with a chain over it; ``off`` also hides what is merged."""
+        if off and self._merged:
+            return self._run_affine(self.base_affine(), args, kwargs)
+        if not chain:
+            return self.base_layer(*args, **kwargs)
+        if not self.kind.activation:
+            return self._run_affine(self.fold(chain), args, kwargs)
+        if args:
+            x, args = args[0], args[1:]
+        else:
+            kwargs = dict(kwargs)
+            x = kwargs.pop(next(iter(kwargs)))
+        return Inner(self, chain, len(chain), args, kwargs)(x)
+
+    def _run_affine(self, affine: Affine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        return self.kind.run(self.leaf_layer, self.site, affine, x, args[1:], kwargs if args else {})
+
+    def _routed(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run each adapter on the samples that ask for it."""
+        assert call.names is not None
+        if self._merged:
+            raise RoutingError(
+                f"{self.site.name!r} has adapters merged ({', '.join(self._merged)}); unmerge them before choosing "
+                "adapters by sample"
+            )
+        wanted = {name if name in self.entries else BASE for name in call.names}
+        if len(wanted) == 1:
+            return self._run(self.entries.get(wanted.pop(), ()), args, kwargs)
+        return self.kind.routed(
+            self, call.names, lambda name, a, k: self._run(self.entries.get(name, ()), a, k), args, kwargs
+        )
+
+    # -- peft's surface of a layer ------------------------------------------------------------------------------------
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters merged into the base layer, in the order of merging."""
+        return list(self._merged)
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._merged)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        active = self.active
+        return active[0] if len(active) == 1 else list(active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not self.enabled
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the untouched layer."""
+        base = self.base_layer
+        while isinstance(base, AdaptedLayer):
+            base = base.base_layer
+        return base
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind.name}, adapters={list(self.entries)}"
+
+    # -- merging one layer; models merge through core.merge ----------------------------------------------------------
+
+    @torch.no_grad()
+    def write(self, tensors: dict[str, Tensor], merged: tuple[str, ...], kept: dict[str, Tensor]) -> None:
+        """Write merged tensors into the base layer and remember what was there."""
+        leaf = self.leaf_layer
+        for name, tensor in tensors.items():
+            storage.write(leaf, name, tensor)
+        self.__dict__["_merged"] = merged
+        self.__dict__["_kept"] = kept
+        self.__dict__["_chain"] = (-1, ())
+
+    def restore(self) -> None:
+        """Put back, bitwise, what was there before anything was merged.
+
+        Raises:
+            StateError: nothing was kept.
+        """
+        if not self._merged:
+            return
+        if not self._kept:
+            raise StateError(
+                f"{self.site.name!r}: the original weight was not kept when adapters were merged (keep='none')"
+            )
+        self.write(self._kept, (), {})

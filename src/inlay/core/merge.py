@@ -1,0 +1,164 @@
+"""Merge adapters into the base weights, transactionally, and take them out again, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from inlay.core.affine import LowRank
+from inlay.core.layer import AdaptedLayer, Entry
+from inlay.core.state import State
+from inlay.errors import MergeError, StateError
+
+__all__ = ["merge", "merge_layers", "unmerge"]
+
+
+def merge(state: State, names: Sequence[str] | None = None, *, keep: str = "copy") -> list[str]:
+    """Write adapters into the base weights of every layer that has them; all layers or none.
+
+    Args:
+        state: the model's state.
+        names: adapters in the order of merging; by default the active ones.
+        keep: ``"copy"`` keeps the original weights on the CPU, so that unmerging is bitwise exact and an adapter
+            can be switched off while merged; ``"none"`` does not, and cannot be undone.
+
+    Returns:
+        The names that were merged into at least one layer.
+
+    Raises:
+        MergeError: a merged weight would not be finite, an update cannot be written into a weight, or the order of
+            merging would change the output.
+    """
+    names = list(state.active if names is None else names)
+    for name in names:
+        state.record(name)
+    return merge_layers([layer for layer in state.layers() if isinstance(layer, AdaptedLayer)], names, keep=keep)
+
+
+def merge_layers(layers: Iterable[AdaptedLayer], names: Sequence[str], *, keep: str = "copy") -> list[str]:
+    """Merge adapters into some layers, all or none; see :func:`merge`."""
+    if keep not in ("copy", "none"):
+        raise ValueError(f"keep must be 'copy' or 'none', found {keep!r}")
+    work: list[tuple[AdaptedLayer, tuple[Entry, ...]]] = []
+    for layer in layers:
+        wanted = [name for name in names if name in layer.entries and name not in layer._merged]
+        chain = tuple(entry for name in wanted for entry in layer.entries[name])
+        if chain:
+            _check_order(layer, wanted, chain, keep)
+            work.append((layer, chain))
+    if keep == "none":
+        for layer, chain in work:
+            if not _proved_finite(layer, chain):
+                _rounded(layer, chain)
+    written: list[tuple[AdaptedLayer, tuple[str, ...], dict[str, Tensor], dict[str, Tensor]]] = []
+    try:
+        for layer, chain in work:
+            new = _rounded(layer, chain)
+            leaf = layer.leaf_layer
+            if layer._merged and not layer._kept:
+                kept: dict[str, Tensor] = {}
+            elif keep == "copy":
+                kept = {name: _copy(getattr(leaf, name)) for name in new} | dict(layer._kept)
+            else:
+                kept = {}
+            before = {name: _copy(getattr(leaf, name)) for name in new} if keep == "copy" else {}
+            written.append((layer, layer._merged, dict(layer._kept), before))
+            merged = (*layer._merged, *dict.fromkeys(entry.name for entry in chain))
+            layer.write(new, merged, kept)
+    except BaseException:
+        for layer, merged, kept, before in reversed(written):
+            layer.write(before, merged, kept)
+        raise
+    return [name for name in names if any(entry.name == name for _, chain in work for entry in chain)]
+
+
+def unmerge(state: State) -> bool:
+    """Put the original weights back, bitwise.
+
+    Returns:
+        Whether anything was merged.
+
+    Raises:
+        StateError: some layer was merged with ``keep="none"``; nothing is changed then.
+    """
+    layers = [layer for layer in state.layers() if isinstance(layer, AdaptedLayer) and layer.merged]
+    for layer in layers:
+        if not layer._kept:
+            raise StateError(
+                f"{layer.site.name!r}: the original weight was not kept when adapters were merged (keep='none'), so it "
+                "cannot be put back exactly"
+            )
+    for layer in layers:
+        layer.restore()
+    return bool(layers)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().to("cpu", copy=True)
+    return copy
+
+
+def _check_order(layer: AdaptedLayer, wanted: list[str], chain: tuple[Entry, ...], keep: str) -> None:
+    """What is merged goes below what is not: refuse where that would change the output."""
+    for entry in chain:
+        if not entry.method.mergeable:
+            raise MergeError(
+                f"{layer.site.name!r}: adapter {entry.name!r} ({type(entry.method).__name__}) depends on the data and "
+                "has no weight to merge"
+            )
+    below: list[Entry] = []
+    for name in layer.active:
+        if name in layer._merged:
+            continue
+        if name not in wanted:
+            below += layer.entries.get(name, ())
+            continue
+        for entry in layer.entries.get(name, ()):
+            for other in below:
+                if not (entry.method.commutes and other.method.commutes):
+                    raise MergeError(
+                        f"{layer.site.name!r}: {entry.name!r} is active above {other.name!r}, which is not merged, and "
+                        f"the two do not commute ({type(entry.method).__name__} over {type(other.method).__name__}); "
+                        "merge both, or the lower one first"
+                    )
+    rest = [entry for name in layer.active if name not in wanted for entry in layer.entries.get(name, ())]
+    if keep == "none" and any(not entry.method.additive for entry in rest):
+        raise MergeError(
+            f"{layer.site.name!r}: an adapter that stays active reads the untouched weight, so it must be kept: "
+            "merge with keep='copy'"
+        )
+
+
+def _rounded(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> dict[str, Tensor]:
+    """Return the merged tensors, rounded once to the stored dtype and proved finite."""
+    leaf = layer.leaf_layer
+    new = {}
+    for name, tensor in layer.merged_tensors(chain).items():
+        stored = getattr(leaf, name)
+        rounded = tensor.to(stored.dtype) if stored.dtype.is_floating_point else tensor
+        if not bool(torch.isfinite(rounded).all()):
+            who = ", ".join(repr(entry.name) for entry in chain)
+            raise MergeError(
+                f"{layer.site.name!r}: merging {who} gives a {name} that is not finite in {stored.dtype}; no weight of "
+                "the model was changed"
+            )
+        new[name] = rounded
+    return new
+
+
+@torch.no_grad()
+def _proved_finite(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> bool:
+    """Whether max|W| + s |B| |A| stays below the largest number of the stored dtype; False if that does not tell."""
+    weight = layer.present_affine().weight
+    bound = weight.abs().amax().double()
+    for entry in chain:
+        if not entry.method.additive:
+            return False
+        delta = entry.method.update(entry.site, layer.params(entry))
+        if not isinstance(delta, LowRank) or delta.groups > 1 or delta.bias is not None:
+            return False
+        rows = delta.B.double().abs().sum(dim=-1).amax()
+        bound = bound + rows * delta.A.abs().amax().double() * abs(float(delta.scale))
+    return bool(bound < torch.finfo(weight.dtype).max / 2)

@@ -1,0 +1,145 @@
+"""The contract of a method: its tensors, and one map from a layer to a layer.
+
+An additive method gives ``slots`` and ``delta``. Any other gives ``slots`` and ``rewrite``, and ``forward`` where
+activation space is cheaper. A method names no layer class, no storage, no adapter and no device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from inlay.core.affine import Affine, Delta, Site
+from inlay.core.patterns import pattern_value
+from inlay.core.slot import Slot
+
+if TYPE_CHECKING:
+    from inlay.core.inner import Inner
+
+__all__ = ["Method", "P"]
+
+
+class P:
+    """What one adapter has at one site: its tensors by role and its numbers, as attributes.
+
+    ``p.A``, ``p.B`` (tensors), ``p.scaling`` (a number), ``p.drop(x)`` (the adapter's dropout, the identity in eval
+    mode and on indices), ``p.training``.
+    """
+
+    scaling: float = 1.0
+    training: bool = False
+
+    def __init__(self, dropout: Any = None) -> None:
+        self._dropout = dropout
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, role: str) -> Any: ...
+
+    def get(self, role: str) -> Tensor | None:
+        """Return a tensor that this site may lack."""
+        return self.__dict__.get(role)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Apply the adapter's dropout to features."""
+        if self._dropout is None or not x.is_floating_point():
+            return x
+        return self._dropout(x)
+
+
+class Method:
+    """Base class of every method; see the module's docstring for what a subclass gives.
+
+    Class attributes:
+        config_class: the method's config dataclass.
+        prefix: what its slot names start with (``lora_``).
+        dropout_field: the config field that holds the dropout probability on the layer's input, if there is one.
+        mergeable: False where the update depends on the data.
+        identity_at_init: False where a fresh adapter changes the output by design.
+        mixed: whether PEFT lets the method take part in a mixed model.
+    """
+
+    config_class: ClassVar[type[Any]]
+    prefix: ClassVar[str]
+    dropout_field: ClassVar[str | None] = None
+    mergeable: ClassVar[bool] = True
+    identity_at_init: ClassVar[bool] = True
+    mixed: ClassVar[bool] = False
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.prefix_patterns = True  # set from the policy when a plan is made
+
+    def by_pattern(self, field: str, site: Site, default: Any) -> Any:
+        """Return the value that a pattern field of the config (``rank_pattern``) gives for a site."""
+        return pattern_value(getattr(self.config, field), site.name, default, self.prefix_patterns)
+
+    # -- what a method must give --------------------------------------------------------------------------------
+
+    def slots(self, site: Site) -> dict[str, Slot]:
+        """Return the tensors at a site, by role."""
+        raise NotImplementedError
+
+    def delta(self, site: Site, p: P) -> Delta:
+        """Return the update before ``p.scaling``."""
+        raise NotImplementedError(f"{type(self).__name__} has no delta")
+
+    # -- what follows from it, unless the method says otherwise ----------------------------------------------------
+
+    @property
+    def additive(self) -> bool:
+        """Whether the method only adds an update that does not depend on the layer's weight."""
+        return type(self).rewrite is Method.rewrite
+
+    @property
+    def commutes(self) -> bool:
+        """Whether the method only adds something that does not depend on what is below it on the layer."""
+        return self.additive
+
+    def update(self, site: Site, p: P) -> Delta:
+        """Return the update with ``p.scaling`` applied."""
+        return self.delta(site, p).scaled(p.scaling)
+
+    def rewrite(self, site: Site, p: P, layer: Affine, base: Affine) -> Affine:
+        """Weight space: return the adapted map. ``layer`` is what is below, ``base`` the untouched layer."""
+        return layer.add(self.update(site, p))
+
+    def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
+        """Activation space: return the adapted output; must equal the layer run with ``rewrite``'s result."""
+        if self.additive:
+            y = inner(x)
+            return (y + inner.apply(p.drop(x), self.update(site, p))).to(y.dtype)
+        return inner.run(x, self.rewrite(site, p, inner.affine(), inner.base_affine()))
+
+    @classmethod
+    def variant(cls, config: Any) -> type[Method]:
+        """Return the class that carries out ``config``: this one, or a variant of it."""
+        return cls
+
+    # -- optional ----------------------------------------------------------------------------------------------------
+
+    def options(self, site: Site) -> dict[str, Any]:
+        """Return the numbers of a site (``r``, ``scaling``, ...) that users may read and change on the layer."""
+        return {}
+
+    def refuse(self, site: Site) -> str | None:
+        """Return one sentence that says why mathematics forbids this method at the site, or None."""
+        return None
+
+    def shared_slots(self, sites: list[Site]) -> dict[str, Slot]:
+        """Return the tensors that all sites share; they live at the model's root, once per adapter."""
+        return {}
+
+    def prepare(self, site: Site, p: P, layer: Affine) -> Affine | None:
+        """Set initial values that depend on the base weight; may return a new base."""
+        return None
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether ``prepare`` is to be called."""
+        return type(self).prepare is not Method.prepare
+
+    def bias_mode(self) -> str:
+        """Return ``none``, ``all`` or ``<method>_only``: which base biases train."""
+        return getattr(self.config, "bias", "none") or "none"

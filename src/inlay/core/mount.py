@@ -1,0 +1,125 @@
+"""A full copy of a module per adapter (``modules_to_save``): a mount over any module, not a method."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from inlay.core.call import calls_in_force
+from inlay.core.route import split_rows
+from inlay.core.state import BASE, State
+
+__all__ = ["ModuleCopies"]
+
+
+class ModuleCopies(nn.Module):
+    """Stands where a module stood; the active adapter's copy runs in its place.
+
+    Memory names are PEFT's: ``original_module`` and ``modules_to_save.<adapter>``. A checkpoint holds the copy under
+    the module's own path. If several active adapters have a copy, the last one in activation order runs.
+    """
+
+    original_module: nn.Module
+    modules_to_save: nn.ModuleDict
+
+    def __init__(self, path: str, original: nn.Module, state: State) -> None:
+        super().__init__()
+        own = self.__dict__
+        own["path"] = path
+        own["_state"] = state
+        own["_own_active"] = None
+        own["_own_enabled"] = None
+        own["_merged"] = ()
+        self._modules["original_module"] = original
+        self._modules["modules_to_save"] = nn.ModuleDict()
+        self.training = original.training
+        state.enter(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._state.enter(self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_modules" not in self.__dict__:
+                raise
+            return getattr(self.current(), name)
+
+    @property
+    def state(self) -> State:
+        return self.__dict__["_state"]
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        own = self.__dict__["_own_active"]
+        return self.state.active if own is None else own
+
+    @property
+    def enabled(self) -> bool:
+        own = self.__dict__["_own_enabled"]
+        return self.state.enabled if own is None else own
+
+    def override(self, active: tuple[str, ...] | None = None, enabled: bool | None = None) -> None:
+        """Give this module an active adapter (or an on/off switch) of its own; None leaves the old answer."""
+        if active is not None:
+            self.__dict__["_own_active"] = active
+        if enabled is not None:
+            self.__dict__["_own_enabled"] = enabled
+
+    def follow(self) -> None:
+        """Follow the model's state again."""
+        self.__dict__["_own_active"] = self.__dict__["_own_enabled"] = None
+
+    def add(self, name: str, module: nn.Module | None = None) -> None:
+        """Give an adapter its copy: ``module``, or a copy of the original that trains."""
+        if module is None:
+            module = copy.deepcopy(self.original_module)
+        self.modules_to_save._modules[name] = module
+
+    def copy_of(self, name: str) -> nn.Module:
+        """Return an adapter's copy, or the original where it has none."""
+        held = self.modules_to_save._modules.get(name)
+        return self.original_module if held is None else held
+
+    def current(self) -> nn.Module:
+        """Return the module that runs now."""
+        if not self.enabled:
+            return self.original_module
+        copies = self.modules_to_save._modules
+        for name in reversed(self.active):
+            if name in copies:
+                return copies[name]  # type: ignore[return-value]
+        return self.original_module
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        active = self.active
+        return active[0] if len(active) == 1 else list(active)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for call in reversed(calls_in_force()):
+            if call.state is self.state:
+                if call.disabled:
+                    return self.original_module(*args, **kwargs)
+                if call.names is not None:
+                    held = self.modules_to_save._modules
+                    names = tuple(name if name in held else BASE for name in call.names)
+                    if len(set(names)) == 1:
+                        return self.copy_of(names[0])(*args, **kwargs)
+                    return split_rows(
+                        type(self.original_module).__name__,
+                        names,
+                        lambda name, a, k: self.copy_of(name)(*a, **k),
+                        args,
+                        kwargs,
+                    )
+                break
+        return self.current()(*args, **kwargs)

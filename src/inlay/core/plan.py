@@ -1,0 +1,361 @@
+"""A plan resolves every target, shape, byte and name before anything is allocated."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from inlay.core import storage
+from inlay.core.affine import Site
+from inlay.core.dtype import adapter_dtype
+from inlay.core.extend import extend_plan
+from inlay.core.kind import Kind, kind_of
+from inlay.core.layer import AdaptedLayer
+from inlay.core.method import Method
+from inlay.core.mount import ModuleCopies
+from inlay.core.patterns import layer_index, matcher, pattern_key
+from inlay.core.policy import INLAY, Policy
+from inlay.core.registry import method_class
+from inlay.core.slot import Slot
+from inlay.core.state import State, check_adapter_name, find_state
+from inlay.core.targets import ALL_LINEAR, Place, linear_paths, places, shortened
+from inlay.errors import InlayWarning, NoTargetError, TargetError, UnsupportedError, did_you_mean, nearest
+
+__all__ = ["Placement", "Plan", "plan"]
+
+
+@dataclass
+class Placement:
+    """One adapted place of a plan.
+
+    Attributes:
+        place: where in the model.
+        site: its frozen shape.
+        kind: how it is read and run.
+        slots: the tensors it gets, by role.
+        pattern: the pattern that chose it.
+        options: the method's numbers there.
+        method: the method there, if it is not the plan's own (trainable tokens inside another method).
+        under: containers that the slots are mounted below (``token_adapter``).
+    """
+
+    place: Place
+    site: Site
+    kind: Kind
+    slots: dict[str, Slot]
+    pattern: str
+    options: dict[str, Any]
+    method: Method
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def numel(self) -> int:
+        return sum(slot.numel for slot in self.slots.values() if slot.trainable)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.numel * (slot.dtype or self.dtype).itemsize for slot in self.slots.values())
+
+
+@dataclass
+class Plan:
+    """What ``inject`` will do; prints as a table. Nothing is allocated and the model is untouched.
+
+    Attributes:
+        model: the model it was made for.
+        adapter: the adapter's name.
+        config: the config object that was given (resolved targets are written to it when the plan is applied).
+        placements: every layer site.
+        copies: modules that get a full copy (``modules_to_save``), with the pattern that chose each.
+        shared: tensors that all sites share, by role.
+        matched: pattern -> paths.
+        unmatched: patterns that matched nothing, with the nearest names.
+        biases: base biases that will train.
+        resolved: config fields whose resolved values are written back.
+    """
+
+    model: nn.Module
+    adapter: str
+    config: Any
+    method: Method
+    policy: Policy
+    state: State | None
+    autocast: bool
+    placements: list[Placement] = field(default_factory=list)
+    copies: list[tuple[Place, str]] = field(default_factory=list)
+    shared: dict[str, Slot] = field(default_factory=dict)
+    matched: dict[str, list[str]] = field(default_factory=dict)
+    unmatched: dict[str, list[str]] = field(default_factory=dict)
+    biases: list[str] = field(default_factory=list)
+    resolved: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that will train."""
+        named = dict(self.model.named_parameters())
+        return (
+            sum(placement.numel for placement in self.placements)
+            + sum(slot.numel for slot in self.shared.values() if slot.trainable)
+            + sum(p.numel() for place, _ in self.copies for p in place.base.parameters())
+            + sum(named[name].numel() for name in self.biases)
+        )
+
+    @property
+    def total(self) -> int:
+        """Parameters of the base model."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that injection allocates."""
+        return (
+            sum(placement.nbytes for placement in self.placements)
+            + sum(slot.numel * (slot.dtype or torch.float32).itemsize for slot in self.shared.values())
+            + sum(p.numel() * p.element_size() for place, _ in self.copies for p in place.base.parameters())
+        )
+
+    def __str__(self) -> str:
+        from inlay.core.report import plan_table
+
+        return plan_table(self)
+
+
+def plan(
+    model: nn.Module,
+    config: Any,
+    adapter_name: str = "default",
+    *,
+    policy: Policy | None = None,
+    autocast_adapter_dtype: bool = True,
+) -> Plan:
+    """Resolve a config against a model, on any device, also meta.
+
+    Args:
+        model: the model; it may already have adapters.
+        config: any layer method's config.
+        adapter_name: the new adapter's name.
+        policy: strictness; by default the model's own, or Inlay's.
+        autocast_adapter_dtype: adapters of a half-precision base are created in float32.
+
+    Raises:
+        TargetError: a pattern matches nothing, or a match cannot be adapted (policy ``inlay``).
+        NoTargetError: nothing at all matches.
+        UnsupportedError: the method cannot work on a matched layer; the message says why.
+        AdapterNameError: the name is unsafe or taken.
+    """
+    state = find_state(model)
+    policy = policy or (state.policy if state is not None else INLAY)
+    check_adapter_name(adapter_name, state.records if state is not None else None)
+    method = method_class(config.peft_type).variant(config)(copy.deepcopy(config))
+    method.prefix_patterns = policy.prefix_patterns
+    made = Plan(model, adapter_name, config, method, policy, state, autocast_adapter_dtype)
+    everything = places(model)
+    chosen = _choose(made, everything)
+    for place, pattern in chosen:
+        made.matched.setdefault(pattern, []).append(place.path)
+        made.placements.append(place_method(made, place, pattern, method))
+    extend_plan(made, everything)
+    _plan_copies(made, everything)
+    if not made.placements and not made.copies:
+        raise NoTargetError(_nothing_matched(made, everything))
+    made.shared = method.shared_slots([p.site for p in made.placements if p.method is method])
+    _plan_biases(made)
+    _check_patterns(made)
+    return made
+
+
+def place_method(made: Plan, place: Place, pattern: str, method: Method) -> Placement:
+    """Resolve one method at one place.
+
+    Raises:
+        TargetError: no layer kind knows the module.
+        UnsupportedError: the method refuses the site.
+    """
+    base = place.base
+    kind = kind_of(base)
+    if kind is None:
+        raise TargetError(
+            f"{place.path!r}, matched by {pattern!r}, is a {type(base).__name__}, which is no layer that can be "
+            "adapted (supported: linear, convolution, embedding, norm and attention layers); name the layers inside it"
+        )
+    site = kind.site(place.path, base)
+    reason = method.refuse(site) or _unreadable(made, place)
+    if reason is not None:
+        raise UnsupportedError(f"{method.config.peft_type.value} on {place.path!r} ({type(base).__name__}): {reason}")
+    weight = getattr(base, kind.weight_name)
+    dtype = adapter_dtype(storage.floating_dtype(base, kind.weight_name), made.autocast)
+    return Placement(
+        place, site, kind, method.slots(site), pattern, method.options(site), method, dtype, weight.device
+    )
+
+
+def _unreadable(made: Plan, place: Place) -> str | None:
+    """A layer whose owner reads its weight and never calls it would be adapted in silence and in vain."""
+    for parent, _ in place.parents:
+        if isinstance(parent, nn.MultiheadAttention) and made.policy.strict_targets:
+            owner = place.path.rpartition(".")[0]
+            return f"nn.MultiheadAttention reads this layer's weight and never calls it; target {owner!r} instead"
+    return None
+
+
+def _choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
+    """Return the places that target_modules means, with the pattern that chose each."""
+    config = made.config
+    targets = config.target_modules
+    if targets is None:
+        targets = _default_targets(made)
+        if targets is None:
+            return []
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        paths = linear_paths(made.model, everything, config.task_type)
+        made.resolved["target_modules"] = set(shortened(paths, (place.path for place in everything)))
+
+        def match(path: str) -> str | None:
+            return ALL_LINEAR if path in paths else None
+    else:
+        match = matcher(targets)
+    exclude = matcher(config.exclude_modules) if getattr(config, "exclude_modules", None) else None
+    wanted = getattr(config, "layers_to_transform", None)
+    indices = None if wanted is None else {wanted} if isinstance(wanted, int) else set(wanted)
+    chosen: list[tuple[Place, str]] = []
+    hit: set[str] = set()
+    excluded: set[str] = set()
+    for place in everything:
+        pattern = next((p for p in map(match, (place.path, *place.aliases)) if p is not None), None)
+        if exclude is not None:
+            key = exclude(place.path)
+            if key is not None:
+                excluded.add(key)
+                if pattern is not None:
+                    hit.add(pattern)
+                continue
+        if pattern is None:
+            continue
+        if indices is not None and layer_index(place.path, config.layers_pattern) not in indices:
+            continue
+        if isinstance(place.module, ModuleCopies):
+            raise TargetError(
+                f"{place.path!r} is trained in full by modules_to_save of another adapter, so {pattern!r} cannot adapt it"
+            )
+        hit.add(pattern)
+        chosen.append((place, pattern))
+    if not isinstance(targets, str):
+        _unmatched(made, "target_modules", set(targets) - hit, everything)
+    if exclude is not None:
+        asked = {config.exclude_modules} if isinstance(config.exclude_modules, str) else set(config.exclude_modules)
+        _unmatched(made, "exclude_modules", asked - excluded, everything)
+    return chosen
+
+
+def _default_targets(made: Plan) -> Any:
+    """Return the model family's default targets, recording them for the saved config."""
+    from inlay.config.defaults import default_targets
+
+    config = made.config
+    if getattr(config, "target_parameters", None) or getattr(config, "trainable_token_indices", None):
+        return None
+    model_config = getattr(made.model, "config", None)
+    model_type = (
+        model_config.get("model_type") if isinstance(model_config, dict) else getattr(model_config, "model_type", None)
+    )
+    targets = default_targets(config.peft_type.value, model_type) if model_type else None
+    if targets is None:
+        family = f"the model family {model_type!r} has no default" if model_type else "the model has no config.model_type"
+        raise TargetError(f"target_modules is not set and {family}; set target_modules, for instance to 'all-linear'")
+    made.resolved["target_modules"] = targets if isinstance(targets, str) else set(targets)
+    return targets
+
+
+def _unmatched(made: Plan, what: str, patterns: Iterable[str], everything: list[Place]) -> None:
+    """Record patterns that matched nothing."""
+    paths = [place.path for place in everything]
+    for pattern in patterns:
+        made.unmatched[f"{what}: {pattern}"] = nearest(pattern, [*paths, *(p.rpartition(".")[2] for p in paths)])
+
+
+def _nothing_matched(made: Plan, everything: list[Place]) -> str:
+    targets = made.config.target_modules
+    names = [targets] if isinstance(targets, str) else sorted(targets or [])
+    known = {place.path.rpartition(".")[2] for place in everything if kind_of(place.base) is not None}
+    hint = did_you_mean(names[0], known) if names else ""
+    return (
+        f"target_modules={targets!r} matches nothing in {type(made.model).__name__} that is not excluded.{hint} "
+        f"Layers there are called: {', '.join(sorted(k for k in known if not k.isdigit())[:20])}"
+    )
+
+
+def _plan_copies(made: Plan, everything: list[Place]) -> None:
+    """Find the modules that modules_to_save means."""
+    wanted = list(getattr(made.config, "modules_to_save", None) or [])
+    task = getattr(made.config, "task_type", None)
+    if str(getattr(task, "value", task)) in ("SEQ_CLS", "TOKEN_CLS"):
+        added = [name for name in ("classifier", "score") if name not in wanted]
+        present = {place.path.rpartition(".")[2] for place in everything}
+        optional = {name for name in added if name not in present}
+        wanted += added
+        made.resolved["modules_to_save"] = list(wanted)
+    else:
+        optional = set()
+    if not wanted:
+        return
+    match = matcher(wanted)
+    adapted = {id(placement.place.module) for placement in made.placements}
+    hit: set[str] = set()
+    for place in everything:
+        pattern = match(place.path)
+        if pattern is None or any(place.path.startswith(f"{done.path}.") for done, _ in made.copies):
+            continue
+        if id(place.module) in adapted or isinstance(place.module, AdaptedLayer):
+            raise TargetError(f"modules_to_save: {place.path!r} is adapted, so it cannot also be trained in full")
+        hit.add(pattern)
+        made.copies.append((place, pattern))
+        made.matched.setdefault(pattern, []).append(place.path)
+    _unmatched(made, "modules_to_save", set(wanted) - hit - optional, everything)
+
+
+def _plan_biases(made: Plan) -> None:
+    """Find the base biases that ``bias`` makes trainable."""
+    mode = made.method.bias_mode()
+    if mode == "none":
+        return
+    if made.state is not None and any(r.method.bias_mode() != "none" for r in made.state.records.values()):
+        raise UnsupportedError(
+            f"bias={mode!r}: another adapter of this model already trains the base biases, and they are shared"
+        )
+    if mode == "all":
+        made.biases = [name for name, _ in made.model.named_parameters() if name.rpartition(".")[2] == "bias"]
+    elif mode.endswith("_only"):
+        made.biases = [
+            f"{p.place.path}{'.base_layer' if isinstance(p.place.module, AdaptedLayer) else ''}.bias"
+            for p in made.placements
+            if p.site.bias and p.site.parameter is None
+        ]
+    else:
+        raise UnsupportedError(f"bias={mode!r} is not one of 'none', 'all' and '{made.method.prefix}only'")
+
+
+def _check_patterns(made: Plan) -> None:
+    """Judge what matched nothing, by the policy."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(made.config, name, None) or {}:
+            if not any(pattern_key([key], p.site.name, made.policy.prefix_patterns) for p in made.placements):
+                made.unmatched[f"{name}: {key}"] = nearest(key, [p.site.name for p in made.placements])
+    if not made.unmatched:
+        return
+    lines = [
+        f"{pattern} matches nothing" + (f" (near: {', '.join(near)})" if near else "")
+        for pattern, near in made.unmatched.items()
+    ]
+    message = f"{type(made.model).__name__}: " + "; ".join(lines)
+    if made.policy.strict_targets:
+        raise TargetError(message)
+    loud = [line for line in lines if not line.startswith(("target_modules", "modules_to_save"))]
+    if loud:
+        warnings.warn("; ".join(loud), InlayWarning, stacklevel=4)

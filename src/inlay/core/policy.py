@@ -1,0 +1,54 @@
+"""A policy decides what is strict and what follows PEFT. It is set by the entry function and lives on the State."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["INLAY", "PEFT", "Policy"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How one model treats what PEFT leaves open or gets wrong.
+
+    Attributes:
+        name: ``inlay`` or ``peft``.
+        strict_targets: a pattern that matches nothing is an error; otherwise only "nothing matched at all" is.
+        strict_load: missing or unexpected checkpoint keys are an error; otherwise missing keys warn.
+        unfreeze_on_activation: activating an adapter makes it trainable.
+        eval_on_load: loading an adapter for inference puts the model in eval mode.
+        compute: ``base`` runs adapter products in the input's dtype, ``adapter`` in the adapter's dtype.
+        own_seed: initial values come from seed, site and slot; otherwise from torch's global random stream.
+        prefix_patterns: a pattern key may be a whole dotted prefix of a path.
+    """
+
+    name: str
+    strict_targets: bool
+    strict_load: bool
+    unfreeze_on_activation: bool
+    eval_on_load: bool
+    compute: str
+    own_seed: bool
+    prefix_patterns: bool
+
+
+INLAY = Policy(
+    name="inlay",
+    strict_targets=True,
+    strict_load=True,
+    unfreeze_on_activation=True,
+    eval_on_load=True,
+    compute="base",
+    own_seed=True,
+    prefix_patterns=True,
+)
+PEFT = Policy(
+    name="peft",
+    strict_targets=False,
+    strict_load=False,
+    unfreeze_on_activation=True,
+    eval_on_load=True,
+    compute="adapter",
+    own_seed=False,
+    prefix_patterns=False,
+)

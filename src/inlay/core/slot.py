@@ -1,0 +1,135 @@
+"""A slot is one tensor of an adapter, as data.
+
+From slots alone follow memory names, shapes, creation on the meta device, placement under sharding, the
+checkpoint map in both directions and the parameter count of an adapter that does not exist yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Constant", "Init", "KaimingUniform", "Normal", "Slot", "Uniform", "zeros"]
+
+# Fills the given tensor in place, drawing from the generator only. Must be picklable: a module-level function
+# or one of the small callables below, never a closure.
+Init = Callable[[Tensor, torch.Generator], None]
+
+
+def zeros(tensor: Tensor, generator: torch.Generator) -> None:
+    """Fill with zeros."""
+    tensor.zero_()
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Fill with one value."""
+
+    value: float
+
+    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.fill_(self.value)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Draw from a normal distribution with mean 0."""
+
+    std: float
+
+    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.normal_(0.0, self.std, generator=generator)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Draw uniformly from [-bound, bound]."""
+
+    bound: float
+
+    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.uniform_(-self.bound, self.bound, generator=generator)
+
+
+@dataclass(frozen=True)
+class KaimingUniform:
+    """Draw uniformly from [-b, b] with b = gain * sqrt(3 / fan) (He et al. 2015, arXiv:1502.01852).
+
+    ``fan`` is the number of elements per row unless given; ``a`` is the slope that the gain is computed for.
+    """
+
+    a: float = math.sqrt(5)
+    fan: int | None = None
+
+    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
+        fan = self.fan if self.fan is not None else max(1, tensor[0].numel()) if tensor.numel() else 1
+        bound = math.sqrt(6.0 / ((1.0 + self.a**2) * fan))
+        tensor.uniform_(-bound, bound, generator=generator)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of an adapter at one site.
+
+    Attributes:
+        key: name below the adapted layer, ``*`` standing for the adapter: ``lora_A.*.weight`` is a module per
+            adapter with a parameter ``weight``; ``hada_w1_a.*`` is a parameter per adapter.
+        shape: the logical (unsharded) shape.
+        dims: one name per axis (``out``, ``in``, ``r``, ``k``, ...), which places the tensor under sharding.
+        init: fills the tensor on the CPU, whatever device it will live on.
+        disk: name in a checkpoint; by default the key without its ``*``.
+        trainable: whether training may change it.
+        saved: whether a checkpoint holds it.
+        buffer: a buffer, not a parameter.
+        dtype: fixed dtype; by default the dtype rule of ``core.dtype`` applies.
+        leaf: ``"down"`` (layer input to rank) or ``"up"`` (rank to layer output) asks for a module that can be
+            called on its own, like the ``lora_A`` and ``lora_B`` of PEFT; otherwise a bare holder is made.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    init: Init = zeros
+    disk: str | None = None
+    trainable: bool = True
+    saved: bool = True
+    buffer: bool = False
+    dtype: torch.dtype | None = None
+    leaf: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.key.split(".").count("*") != 1:
+            raise ValueError(f"slot key {self.key!r} must contain '*' once, as a part of its own")
+
+    @property
+    def place(self) -> tuple[tuple[str, ...], str]:
+        """Containers above the adapter's name, and the leaf name below it (empty where there is none)."""
+        above, _, below = self.key.partition("*")
+        return tuple(part for part in above.split(".") if part), below.lstrip(".")
+
+    @property
+    def disk_name(self) -> str:
+        """Name below the layer's path in a checkpoint."""
+        return self.disk if self.disk is not None else self.key.replace(".*", "").replace("*.", "")
+
+    def memory_name(self, adapter: str) -> str:
+        """Name below the layer's path in ``state_dict()``."""
+        return self.key.replace("*", adapter)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def generator_for(seed: int, site: str, key: str) -> torch.Generator:
+    """Return a CPU generator that depends on seed, site and slot alone.
+
+    So initial values do not depend on the order of injection, on the device, or on how tensors are sharded.
+    """
+    digest = hashlib.blake2b(f"{seed}\0{site}\0{key}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") & 0x7FFF_FFFF_FFFF_FFFF)

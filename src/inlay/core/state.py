@@ -1,0 +1,143 @@
+"""The one object that knows, for a model, which adapters there are and which are on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from inlay.core.policy import INLAY, Policy
+from inlay.errors import AdapterNameError, UnknownAdapterError, did_you_mean
+
+if TYPE_CHECKING:
+    from inlay.core.layer import AdaptedLayer
+    from inlay.core.method import Method
+    from inlay.core.mount import ModuleCopies
+
+    Adapted = AdaptedLayer | ModuleCopies
+
+__all__ = ["BASE", "Record", "State", "check_adapter_name", "find_state"]
+
+# The name that stands for "no adapter" where adapters are chosen by sample.
+BASE = "__base__"
+
+
+@dataclass
+class Record:
+    """One registered adapter.
+
+    Attributes:
+        config: as the user sees and may change it; written back on save.
+        method: holds its own snapshot of the config, taken at planning.
+        seed: what initial values were drawn from.
+        frozen: created for inference: activating it does not make it trainable.
+    """
+
+    config: Any
+    method: Method
+    seed: int
+    frozen: bool = False
+
+
+@dataclass(eq=False)
+class State:
+    """Defaults for every adapted layer of one model, shared by reference.
+
+    Attributes:
+        policy: see ``core.policy``.
+        records: adapters by name, in the order they came.
+        active: names in activation order; a layer may override it for itself.
+        enabled: False switches every adapter off.
+        version: grows with every change that a layer's cached chain depends on.
+        shared: tensors that several layers use, one module per adapter, registered at the model's root.
+        base_values: base tensors that training or an initialiser may change, as they were (name -> tensor).
+        base_grad: ``requires_grad`` of the base parameters before the first adapter came.
+    """
+
+    policy: Policy = INLAY
+    records: dict[str, Record] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+    version: int = 0
+    shared: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    base_values: dict[str, Tensor] = field(default_factory=dict)
+    base_grad: dict[str, bool] = field(default_factory=dict)
+    _layers: list[weakref.ref[Any]] = field(default_factory=list, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Layers enter themselves when they are rebuilt, so a copy of a subtree splits off a state of its own.
+        return {**self.__dict__, "_layers": []}
+
+    def touch(self) -> None:
+        """Make every layer resolve its chain anew."""
+        self.version += 1
+
+    def enter(self, layer: Adapted) -> None:
+        """Add an adapted layer (layers do this themselves)."""
+        self._layers.append(weakref.ref(layer))
+
+    def leave(self, layer: Adapted) -> None:
+        """Forget an adapted layer that was taken out of the model."""
+        self._layers = [ref for ref in self._layers if ref() is not None and ref() is not layer]
+
+    def layers(self) -> Iterator[Any]:
+        """Iterate over the adapted layers that are alive, in the order of injection."""
+        for ref in list(self._layers):
+            layer = ref()
+            if layer is not None:
+                yield layer
+
+    def record(self, name: str) -> Record:
+        """Return the record of an adapter.
+
+        Raises:
+            UnknownAdapterError: there is none of that name.
+        """
+        if name not in self.records:
+            known = ", ".join(map(repr, self.records)) or "none"
+            raise UnknownAdapterError(f"no adapter {name!r}; there are: {known}.{did_you_mean(name, self.records)}")
+        return self.records[name]
+
+
+def check_adapter_name(name: object, taken: dict[str, Record] | None = None) -> str:
+    """Return ``name`` if it can name an adapter.
+
+    Raises:
+        AdapterNameError: not a string, empty, with a dot or a path separator in it, ``__base__``, or taken.
+    """
+    if not isinstance(name, str) or not name:
+        raise AdapterNameError(f"an adapter name must be a non-empty string, found {name!r}")
+    bad = sorted({char for char in name if char in "./\\\0*" or not char.isprintable()})
+    if bad or name in ("", "..", BASE):
+        why = f"it contains {', '.join(map(repr, bad))}" if bad else "it is reserved"
+        raise AdapterNameError(
+            f"{name!r} cannot name an adapter: {why}. The name becomes part of parameter names and of a folder"
+        )
+    if taken is not None and name in taken:
+        raise AdapterNameError(f"there is already an adapter {name!r}; delete it first or take another name")
+    return name
+
+
+def find_state(model: nn.Module) -> State | None:
+    """Return the state of a model that has adapters, or None.
+
+    Raises:
+        AdapterNameError: parts of the model belong to different states that share an adapter name.
+    """
+    found: dict[int, State] = {}
+    for module in model.modules():
+        state = module.__dict__.get("_state")
+        if isinstance(state, State):
+            found.setdefault(id(state), state)
+    states = list(found.values())
+    if len(states) < 2:
+        return states[0] if states else None
+    names = [name for state in states for name in state.records]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    raise AdapterNameError(
+        "parts of this model were given adapters separately, and they cannot be joined"
+        + (f": both have {', '.join(map(repr, twice))}" if twice else "")
+    )

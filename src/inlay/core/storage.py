@@ -1,0 +1,83 @@
+"""How a layer's tensors are held. Kinds read and write through here; a storage knows no kind and no method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import UnsupportedError
+
+__all__ = ["Storage", "floating_dtype", "onloaded", "read", "register_storage", "storage_of", "write"]
+
+
+class Storage:
+    """One way of holding weights: plain tensors here, quantised or offloaded ones elsewhere."""
+
+    name: ClassVar[str] = "plain"
+    writable: ClassVar[bool] = True
+
+    def claims(self, module: nn.Module) -> bool:
+        """Whether the module's tensors are held this way."""
+        return True
+
+    def read(self, module: nn.Module, name: str) -> Tensor:
+        """Return a tensor as a plain one (a view where it already is)."""
+        tensor: Tensor = getattr(module, name)
+        if not tensor.is_floating_point():
+            raise UnsupportedError(
+                f"the {name} of a {type(module).__name__} is held as {tensor.dtype}, which no installed storage reads"
+            )
+        return tensor
+
+    @torch.no_grad()
+    def write(self, module: nn.Module, name: str, value: Tensor) -> None:
+        """Overwrite a tensor in place, rounding to its dtype."""
+        getattr(module, name).copy_(value)
+
+    @contextmanager
+    def onloaded(self, module: nn.Module) -> Iterator[None]:
+        """Hold the module's tensors on a device where they can be computed with."""
+        yield
+
+
+PLAIN = Storage()
+_storages: list[Storage] = [PLAIN]
+
+
+def register_storage(storage: Storage) -> None:
+    """Add a storage; later ones are asked first."""
+    _storages.insert(0, storage)
+
+
+def storage_of(module: nn.Module) -> Storage:
+    """Return the storage that claims the module."""
+    return next(storage for storage in _storages if storage.claims(module))
+
+
+def read(module: nn.Module, name: str) -> Tensor:
+    """Read one tensor of a module as a plain tensor."""
+    return PLAIN.read(module, name) if len(_storages) == 1 else storage_of(module).read(module, name)
+
+
+def write(module: nn.Module, name: str, value: Tensor) -> None:
+    """Overwrite one tensor of a module.
+
+    Raises:
+        UnsupportedError: the storage cannot be written.
+    """
+    storage_of(module).write(module, name, value)
+
+
+def onloaded(module: nn.Module) -> contextmanager:  # type: ignore[valid-type]
+    """Guard under which the module's tensors may be read."""
+    return storage_of(module).onloaded(module)
+
+
+def floating_dtype(module: nn.Module, name: str) -> torch.dtype | None:
+    """Return the dtype of a tensor of the module, None where it is not floating or not there."""
+    tensor = getattr(module, name, None)
+    return tensor.dtype if isinstance(tensor, Tensor) and tensor.is_floating_point() else None

@@ -1,0 +1,107 @@
+"""Which layers a configuration means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from inlay.core.kind import kind_of
+from inlay.core.layer import AdaptedLayer
+from inlay.core.mount import ModuleCopies
+
+__all__ = ["ALL_LINEAR", "Place", "linear_paths", "places", "shortened"]
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class Place:
+    """A module of the model as it was before any adapter came.
+
+    Attributes:
+        path: dotted path, without the segments that adapters add.
+        module: the module that stands there, adapted or not.
+        parents: every (parent module, attribute) that holds it; more than one where the model shares a module.
+        aliases: further paths of the same module.
+    """
+
+    path: str
+    module: nn.Module
+    parents: list[tuple[nn.Module, str]]
+    aliases: list[str]
+
+    @property
+    def base(self) -> nn.Module:
+        """The unadapted module."""
+        return self.module.get_base_layer() if isinstance(self.module, AdaptedLayer) else self.module
+
+
+def places(model: nn.Module) -> list[Place]:
+    """Return every module of the model but the root, parents first; adapters' own modules are passed over."""
+    found: dict[int, Place] = {}
+    todo: list[tuple[str, nn.Module]] = [("", model)]
+    # depth first, in the order of registration
+    while todo:
+        prefix, parent = todo.pop()
+        children: list[tuple[str, nn.Module]] = []
+        for name, child in parent._modules.items():
+            if child is None:
+                continue
+            path = f"{prefix}.{name}" if prefix else name
+            known = found.get(id(child))
+            if known is not None:
+                known.parents.append((parent, name))
+                known.aliases.append(path)
+                continue
+            found[id(child)] = Place(path, child, [(parent, name)], [])
+            if isinstance(child, AdaptedLayer):
+                children.append((path, child.get_base_layer()))
+            elif isinstance(child, ModuleCopies):
+                continue
+            else:
+                children.append((path, child))
+        todo.extend(reversed(children))
+    return list(found.values())
+
+
+def linear_paths(model: nn.Module, everything: list[Place], task_type: Any) -> set[str]:
+    """Return what ``all-linear`` means: every linear layer but the output head.
+
+    The head is what ``get_output_embeddings()`` returns; for sequence and token classification, the new layer on top.
+    """
+    heads: set[int] = set()
+    output = getattr(model, "get_output_embeddings", None)
+    if callable(output):
+        try:
+            head = output()
+        except NotImplementedError:
+            head = None
+        if head is not None:
+            heads.add(id(head))
+            heads.add(id(getattr(head, "base_layer", head)))
+    task = str(getattr(task_type, "value", task_type))
+    named = {"classifier", "score"} if task in ("SEQ_CLS", "TOKEN_CLS") else set()
+    found = set()
+    for place in everything:
+        kind = kind_of(place.base)
+        if kind is None or not kind.all_linear or id(place.base) in heads or id(place.module) in heads:
+            continue
+        if named & set(place.path.split(".")):
+            continue
+        found.add(place.path)
+    return found
+
+
+def shortened(chosen: set[str], everything: Iterable[str]) -> list[str]:
+    """Return the shortest suffixes that mean exactly the chosen paths."""
+    others = [path for path in everything if path not in chosen]
+    taken = {suffix for path in others for suffix in _suffixes(path)}
+    return sorted({next((s for s in _suffixes(path) if s not in taken), path) for path in chosen})
+
+
+def _suffixes(path: str) -> Iterator[str]:
+    parts = path.split(".")
+    return (".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1))

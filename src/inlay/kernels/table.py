@@ -1,0 +1,117 @@
+"""How an update operator is multiplied into a layer's input: a table keyed by (layer kind, operator).
+
+A kind without an entry for an operator gets the generic way, which runs the layer with the dense update as weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.affine import Affine, Delta, LowRank, Site
+from inlay.core.dtype import product_dtype
+from inlay.core.kind import Kind
+
+__all__ = ["FAST", "apply_delta", "fast_path"]
+
+# (kind's name, operator) -> function (module, site, x, delta) -> output share, scale and bias left to the caller
+FAST: dict[tuple[str, type[Delta]], Callable[[nn.Module, Site, Tensor, Delta], Tensor]] = {}
+
+
+def fast_path(
+    operator: type[Delta], *kinds: str
+) -> Callable[[Callable[[nn.Module, Site, Tensor, Delta], Tensor]], Callable[[nn.Module, Site, Tensor, Delta], Tensor]]:
+    """Register a function as the way to multiply by ``operator`` on layers of the named kinds."""
+
+    def enter(
+        function: Callable[[nn.Module, Site, Tensor, Delta], Tensor],
+    ) -> Callable[[nn.Module, Site, Tensor, Delta], Tensor]:
+        for kind in kinds:
+            FAST[kind, operator] = function
+        return function
+
+    return enter
+
+
+def apply_delta(kind: Kind, module: nn.Module, site: Site, x: Tensor, delta: Delta, compute: str) -> Tensor:
+    """Return what ``delta`` adds to the layer's output for input ``x``.
+
+    Products run in the dtype that ``core.dtype.product_dtype`` says; the output has that dtype.
+    """
+    function = FAST.get((kind.name, type(delta)))
+    if function is None:
+        weight = delta.dense()
+        dtype = product_dtype(x, weight.dtype, compute)
+        if site.lookup and compute == "base":
+            dtype = kind.weight_dtype(module) or dtype
+        bias = None if delta.bias is None else delta.bias * delta.scale
+        return kind.run(module, site, Affine(weight, bias), x, (), {}, dtype=dtype)
+    y = function(module, site, x, _cast(kind, module, site, x, delta, compute))
+    if not (isinstance(delta.scale, float) and delta.scale == 1.0):
+        y = y * delta.scale
+    if delta.bias is not None:
+        bias = (delta.bias * delta.scale).to(y.dtype)
+        y = y + bias.view(-1, *([1] * len(site.kernel)))
+    return y
+
+
+def _cast(kind: Kind, module: nn.Module, site: Site, x: Tensor, delta: Delta, compute: str) -> Delta:
+    """Bring the factors of a low-rank update to the dtype that the products run in."""
+    if not isinstance(delta, LowRank):
+        return delta
+    dtype = product_dtype(x, delta.A.dtype, compute)
+    if site.lookup and compute == "base":
+        dtype = kind.weight_dtype(module) or dtype
+    if delta.A.dtype == dtype and delta.B.dtype == dtype:
+        return delta
+    cast = LowRank(delta.B.to(dtype), delta.A.to(dtype), groups=delta.groups)
+    return cast
+
+
+@fast_path(LowRank, "linear")
+def _linear(module: nn.Module, site: Site, x: Tensor, delta: Delta) -> Tensor:
+    assert isinstance(delta, LowRank)
+    functional = torch.nn.functional
+    return functional.linear(functional.linear(x.to(delta.A.dtype), delta.A), delta.B)
+
+
+@fast_path(LowRank, "embedding")
+def _embedding(module: nn.Module, site: Site, x: Tensor, delta: Delta) -> Tensor:
+    assert isinstance(delta, LowRank)
+    embedding = torch.nn.functional.embedding
+    rows = embedding(
+        x,
+        delta.A.t(),
+        padding_idx=module.padding_idx,
+        scale_grad_by_freq=module.scale_grad_by_freq,
+        sparse=False,
+    )
+    return torch.nn.functional.linear(rows, delta.B)
+
+
+@fast_path(LowRank, "conv1d", "conv2d", "conv3d")
+def _conv(module: nn.Module, site: Site, x: Tensor, delta: Delta) -> Tensor:
+    """Two convolutions: the layer's own geometry down to the rank, then 1x1 (or per group) up to the outputs."""
+    assert isinstance(delta, LowRank)
+    spatial = len(site.kernel)
+    conv = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[spatial - 1]
+    crossing = delta.groups > 1
+    down = delta.A.reshape(delta.A.shape[0], -1, *site.kernel)
+    up = delta.B.reshape(*delta.B.shape, *([1] * spatial))
+    groups = 1
+    if site.groups > 1 and not crossing:
+        # Every group of outputs sees its own channels through the same A, so A is repeated once per group.
+        down = down.repeat(site.groups, *([1] * (spatial + 1)))
+        groups = site.groups
+    padded, padding = pad_input(module, x.to(down.dtype))
+    t = conv(padded, down, None, module.stride, padding, module.dilation, groups)
+    return conv(t, up, None, groups=site.groups)
+
+
+def pad_input(module: nn.Module, x: Tensor) -> tuple[Tensor, int | str | tuple[int, ...]]:
+    """Return the input and the padding argument of a convolution, with other than zero padding done by hand."""
+    if module.padding_mode == "zeros":
+        return x, module.padding  # type: ignore[return-value]
+    return torch.nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0  # type: ignore[arg-type]

@@ -1,0 +1,81 @@
+"""``nn.Embedding``: a linear layer on one-hot rows, so its matrix view is the transposed table (dim, vocabulary)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.affine import Affine, Site
+from inlay.core.kind import Kind
+from inlay.errors import MergeError
+
+__all__ = ["Embedding", "embed_scale"]
+
+
+def embed_scale(module: nn.Module) -> float | Tensor:
+    """Return the factor that a scaled embedding (Gemma, Bart) multiplies into its output."""
+    scale = getattr(module, "embed_scale", 1.0)
+    return scale if isinstance(scale, (int, float, Tensor)) else 1.0
+
+
+class Embedding(Kind):
+    """Weight (vocabulary, dim). Adapters act on the table, so a scaled embedding scales them too.
+
+    With ``max_norm`` the base lookup renormalises the rows it touches, in place. Adapters add to renormalised rows,
+    and a merge that would lift a row above ``max_norm`` is refused, because the next lookup would shrink it.
+    """
+
+    name = "embedding"
+
+    def claims(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
+
+    def site(self, name: str, module: nn.Module) -> Site:
+        assert isinstance(module, nn.Embedding)
+        return Site(name, self.name, module.embedding_dim, module.num_embeddings, lookup=True)
+
+    def to_matrix(self, site: Site, stored: Tensor) -> Tensor:
+        return stored.t()
+
+    def from_matrix(self, site: Site, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def read(self, module: nn.Module, site: Site) -> Affine:
+        affine = super().read(module, site)
+        assert isinstance(module, nn.Embedding)
+        if module.max_norm is None:
+            return affine
+        norms = affine.weight.norm(p=module.norm_type, dim=0, keepdim=True)
+        # torch renormalises to max_norm / (norm + 1e-7)
+        factor = torch.where(norms > module.max_norm, module.max_norm / (norms + 1e-7), torch.ones_like(norms))
+        return Affine(affine.weight * factor)
+
+    def stored(self, module: nn.Module, site: Site, affine: Affine) -> dict[str, Tensor]:
+        assert isinstance(module, nn.Embedding)
+        if module.max_norm is not None:
+            norms = affine.weight.norm(p=module.norm_type, dim=0)
+            if bool((norms > module.max_norm * (1 + 1e-6)).any()):
+                raise MergeError(
+                    f"{site.name!r}: the merged table has rows with a norm of up to {float(norms.max()):.4g}, and the "
+                    f"layer renormalises rows above max_norm={module.max_norm}, so merging would change the output"
+                )
+        return super().stored(module, site, affine)
+
+    def run(
+        self,
+        module: nn.Module,
+        site: Site,
+        affine: Affine,
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        assert isinstance(module, nn.Embedding)
+        rows = torch.nn.functional.embedding(
+            x, affine.weight.t(), module.padding_idx, None, 2.0, module.scale_grad_by_freq, False
+        )
+        rows = rows.to(dtype or self.weight_dtype(module) or rows.dtype) * embed_scale(module)
+        return rows if affine.bias is None else rows + affine.bias.to(rows.dtype)

@@ -1,0 +1,79 @@
+"""``nn.Linear`` and transformers' ``Conv1D``, a linear layer that stores its weight as (in, out)."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core import storage
+from inlay.core.affine import Affine, Site
+from inlay.core.kind import Holder, Kind
+from inlay.core.slot import Slot
+
+__all__ = ["Linear", "bare_linear", "is_conv1d"]
+
+
+def is_conv1d(cls: type[nn.Module]) -> bool:
+    """Whether a class is transformers' ``Conv1D``, without importing transformers."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return module is not None and issubclass(cls, module.Conv1D)
+
+
+def bare_linear(in_features: int, out_features: int) -> nn.Linear:
+    """Return an ``nn.Linear`` that has no tensors yet: a tenth of the cost of its constructor."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features = in_features
+    linear.out_features = out_features
+    linear._parameters["weight"] = None
+    linear._parameters["bias"] = None
+    return linear
+
+
+class Linear(Kind):
+    """Weight (out, in); ``Conv1D`` stores (in, out), which the matrix view transposes."""
+
+    name = "linear"
+    all_linear = True
+
+    def claims(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) or is_conv1d(type(module))
+
+    def site(self, name: str, module: nn.Module) -> Site:
+        if is_conv1d(type(module)):
+            channels, out = module.weight.shape
+            return Site(name, self.name, int(out), int(channels), bias=True, transposed=True)
+        return Site(
+            name, self.name, int(module.out_features), int(module.in_features), bias=module.bias is not None
+        )  # type: ignore[arg-type]
+
+    def to_matrix(self, site: Site, stored: Tensor) -> Tensor:
+        return stored.t() if site.transposed else stored
+
+    def from_matrix(self, site: Site, weight: Tensor) -> Tensor:
+        return weight.t() if site.transposed else weight
+
+    def run(
+        self,
+        module: nn.Module,
+        site: Site,
+        affine: Affine,
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        dtype = dtype or x.dtype
+        bias = None if affine.bias is None else affine.bias.to(dtype)
+        return torch.nn.functional.linear(x.to(dtype), affine.weight.to(dtype), bias)
+
+    def leaf(self, site: Site, slot: Slot) -> nn.Module:
+        if slot.leaf in ("down", "up") and len(slot.shape) == 2:
+            return bare_linear(slot.shape[1], slot.shape[0])
+        return Holder()
+
+    def weight_dtype(self, module: nn.Module) -> torch.dtype | None:
+        return storage.floating_dtype(module, self.weight_name)

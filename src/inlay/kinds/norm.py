@@ -1,0 +1,75 @@
+"""Norms: layers whose weight multiplies elementwise. Their matrix view has one column: (features, 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.affine import Affine, Site
+from inlay.core.clone import call_with
+from inlay.core.kind import Kind
+from inlay.errors import UnsupportedError
+
+__all__ = ["Norm"]
+
+_TORCH = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()),
+)
+
+
+class Norm(Kind):
+    """torch's norms, and any module whose class name ends in ``Norm`` and whose one weight is a vector.
+
+    The second rule takes in the RMS norms that model libraries write themselves (``LlamaRMSNorm``, ``T5LayerNorm``).
+    """
+
+    name = "norm"
+    activation = False  # the normalised input is not at hand, so an update has nothing of its own to multiply
+
+    def claims(self, module: nn.Module) -> bool:
+        if isinstance(module, _TORCH):
+            return True
+        weight = module._parameters.get("weight")
+        return "norm" in type(module).__name__.lower() and weight is not None and weight.dim() == 1
+
+    def site(self, name: str, module: nn.Module) -> Site:
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise UnsupportedError(f"{name!r} ({type(module).__name__}) has no weight, so there is nothing to adapt")
+        return Site(
+            name, self.name, weight.numel(), 1, elementwise=True, bias=module._parameters.get("bias") is not None
+        )
+
+    def to_matrix(self, site: Site, stored: Tensor) -> Tensor:
+        return stored.reshape(-1, 1)
+
+    def from_matrix(self, site: Site, weight: Tensor) -> Tensor:
+        return weight.reshape(-1)
+
+    def read(self, module: nn.Module, site: Site) -> Affine:
+        affine = super().read(module, site)
+        return affine if affine.bias is None else Affine(affine.weight, affine.bias.reshape(-1))
+
+    def stored(self, module: nn.Module, site: Site, affine: Affine) -> dict[str, Tensor]:
+        tensors = super().stored(module, site, affine)
+        return {name: tensor.reshape(module._parameters[name].shape) for name, tensor in tensors.items()}  # type: ignore[union-attr]
+
+    def run(
+        self,
+        module: nn.Module,
+        site: Site,
+        affine: Affine,
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        weight_dtype = dtype or self.weight_dtype(module)
+        tensors = {name: tensor.to(weight_dtype) for name, tensor in self.stored(module, site, affine).items()}
+        return call_with(module, tensors, (x, *args), kwargs)

@@ -1,0 +1,68 @@
+"""DoRA: magnitude and direction of every output row apart (Liu et al. 2024, arXiv:2402.09353)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from inlay.core.affine import Affine, Dense, Site
+from inlay.core.method import P
+from inlay.core.slot import Constant, Slot
+from inlay.methods.lora import LoRA
+
+if TYPE_CHECKING:
+    from inlay.core.inner import Inner
+
+__all__ = ["DoRA"]
+
+
+class DoRA(LoRA):
+    """``m * (W + s B A) / ||W + s B A||``, the norm taken by row of the untouched weight and held constant in backward."""
+
+    @property
+    def commutes(self) -> bool:
+        return True  # it adds to what is below; its norm reads the untouched weight
+
+    def refuse(self, site: Site) -> str | None:
+        if site.groups > 1:
+            return "DoRA's norm is taken of W + BA, which a grouped convolution cannot hold, because BA crosses groups"
+        return super().refuse(site)
+
+    def slots(self, site: Site) -> dict[str, Slot]:
+        dims = "1 out *ones" if site.kernel else "*experts out"
+        magnitude = site.slot(
+            "lora_magnitude_vector.*.weight", dims, Constant(1.0), options={"disk": "lora_magnitude_vector"}
+        )
+        return {**super().slots(site), "magnitude": magnitude}
+
+    def prepare(self, site: Site, p: P, layer: Affine) -> Affine | None:
+        norm = self.norm(site, p, layer)
+        p.magnitude.copy_(norm.view(p.magnitude.shape))
+        return None
+
+    def norm(self, site: Site, p: P, base: Affine) -> Tensor:
+        """Return the row norms of the adapted base weight, (*experts, out)."""
+        weight = base.weight.detach() + self.update(site, p).dense().detach()
+        return torch.linalg.vector_norm(weight, dim=-1)
+
+    def gain(self, site: Site, p: P, base: Affine) -> Tensor:
+        """Return what every output row is multiplied by, (*experts, out)."""
+        norm = self.norm(site, p, base)
+        return p.magnitude.view(norm.shape) / norm
+
+    def rewrite(self, site: Site, p: P, layer: Affine, base: Affine) -> Affine:
+        gain = self.gain(site, p, base).unsqueeze(-1)
+        return Affine(layer.weight + (gain - 1) * base.weight + gain * self.update(site, p).dense(), layer.bias)
+
+    def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
+        y = inner(x)
+        base = inner.base_affine()
+        dropped = p.drop(x)
+        if dropped is x and inner.is_base:
+            plain = y if base.bias is None else y - site.along_output(base.bias)
+        else:
+            plain = inner.apply(dropped, Dense(base.weight))
+        gain = site.along_output(self.gain(site, p, base))
+        return (y + (gain - 1) * plain + gain * inner.apply(dropped, self.update(site, p))).to(y.dtype)

@@ -1,0 +1,116 @@
+"""The methods that ``--method`` names, and how the short flags map onto each method's own fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+import inlay
+from inlay.errors import ConfigError, ConfigTypeError, UnknownFieldError, did_you_mean
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """One value of ``--method``: a config class, and the fields behind the common flags."""
+
+    config: str  # name of the class in `inlay`
+    rank: str | None = None
+    alpha: str | None = None
+    dropout: str | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+_LORA = MethodChoice("LoraConfig", rank="r", alpha="lora_alpha", dropout="lora_dropout")
+
+METHODS: dict[str, MethodChoice] = {
+    "lora": _LORA,
+    "dora": dataclasses.replace(_LORA, fixed={"use_dora": True}),
+    "rslora": dataclasses.replace(_LORA, fixed={"use_rslora": True}),
+    "ia3": MethodChoice("IA3Config"),
+    "loha": MethodChoice("LoHaConfig", rank="r", alpha="alpha", dropout="rank_dropout"),
+    "oft": MethodChoice("OFTConfig", dropout="module_dropout"),
+    "vera": MethodChoice("VeraConfig", rank="r", dropout="vera_dropout"),
+    "fourierft": MethodChoice("FourierFTConfig"),
+    "ln_tuning": MethodChoice("LNTuningConfig"),
+    "trainable_tokens": MethodChoice("TrainableTokensConfig"),
+}
+
+
+def method_choice(name: str) -> MethodChoice:
+    """Return the table's entry.
+
+    Raises:
+        ConfigError: no method of that name.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"method {name!r} is none of {', '.join(METHODS)}.{did_you_mean(name, METHODS)}")
+    return METHODS[name]
+
+
+def build_config(
+    method: str,
+    *,
+    task_type: str | None,
+    target: list[str] | str | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Any:
+    """Return the adapter config for ``--method`` and its flags.
+
+    Raises:
+        ConfigError: unknown method, a flag the method has no field for, or a value the config refuses.
+        UnknownFieldError: ``extra`` (``--set``) names a field that the config class does not have.
+    """
+    choice = method_choice(method)
+    values: dict[str, Any] = dict(choice.fixed)
+    for flag, wanted in (("rank", rank), ("alpha", alpha), ("dropout", dropout)):
+        if wanted is None:
+            continue
+        name = getattr(choice, flag)
+        if name is None:
+            raise ConfigError(
+                f"method {method!r} has no {flag}; fields of {choice.config} are set with --set field=value"
+            )
+        # the scale fields are integers in most configs, and 16 reads better than 16.0 in a saved file
+        values[name] = int(wanted) if flag == "alpha" and float(wanted).is_integer() else wanted
+    if target is not None:
+        values["target_modules"] = _patterns(target)
+    config_class = getattr(inlay, choice.config)
+    known = [entry.name for entry in dataclasses.fields(config_class) if entry.init]
+    types = _field_types(config_class)
+    for name, value in (extra or {}).items():
+        if name not in known:
+            raise UnknownFieldError(f"--set: {choice.config} has no field {name!r}.{did_you_mean(name, known)}")
+        if name in values:
+            raise ConfigError(f"--set {name}: already given by --method {method} or a flag of its own")
+        values[name] = _typed(name, value, types.get(name, Any))
+    return config_class(task_type=task_type, **values)
+
+
+def _patterns(target: list[str] | str) -> list[str] | str:
+    """``all-linear`` alone is the keyword; any other single string is one module name."""
+    names = [target] if isinstance(target, str) else list(target)
+    return "all-linear" if names == ["all-linear"] else names
+
+
+def _field_types(config_class: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(config_class)
+    except NameError:  # an annotation that only type checkers can resolve: the config checks its values itself
+        return {}
+
+
+def _typed(name: str, value: Any, annotation: Any) -> Any:
+    try:
+        return msgspec.convert(value, annotation, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigTypeError(f"--set {name}={value!r}: {str(error)[:1].lower()}{str(error)[1:]}") from None
+    except TypeError:  # an annotation msgspec cannot express: the config class judges the value
+        return value
