@@ -80,7 +80,8 @@ class Task(abc.ABC):
         """Raise ConfigError, naming ``file:line``, for a row without the fields this task reads."""
 
     def fit(self, train: Sequence[Row], evaluation: Sequence[Row]) -> None:
-        """Learn from checked rows what the model needs to know (the set of labels)."""
+        """Learn from checked rows what the model needs to know (the set of labels); nothing by default."""
+        return
 
     def model_options(self) -> dict[str, Any]:
         """Return keywords for ``from_pretrained``."""
