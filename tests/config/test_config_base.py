@@ -245,7 +245,7 @@ def test_a_plain_dataclass_may_use_the_mix_ins():
 
 def test_extending_an_ordered_config_keeps_its_order():
     @settings
-    class More(LayerFields, HadamardConfig):
+    class More(HadamardConfig):
         extra: int = setting(3, doc="x")
 
     names = [f.name for f in dataclasses.fields(More)]

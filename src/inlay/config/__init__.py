@@ -1,6 +1,6 @@
 """Configurations: base classes, shared fields, files, default targets."""
 
-from inlay.config.base import COMPATIBLE_PEFT_VERSION, PeftConfig, PromptLearningConfig
+from inlay.config.base import COMPATIBLE_PEFT_VERSION, PeftConfig
 from inlay.config.checking import check_field, field_hints
 from inlay.config.defaults import default_feedforward, default_targets, families
 from inlay.config.fields import (
@@ -23,6 +23,7 @@ from inlay.config.files import (
     resolve_file,
     write_atomically,
 )
+from inlay.config.prompt import PromptLearningConfig
 from inlay.config.settings import Settings, setting, settings
 from inlay.config.types import PeftType, TaskType
 

@@ -19,32 +19,24 @@ import dataclasses
 import json
 import os
 import reprlib
-import tempfile
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from inlay.config.checking import build, without_unknown
-from inlay.config.fields import SavedModulesField
-from inlay.config.files import (
-    CONFIG_NAME,
-    HUB_KEYWORDS,
-    push_folder,
-    read_json_object,
-    resolve_file,
-    write_atomically,
-)
+from inlay.config.files import CONFIG_NAME, HUB_KEYWORDS, read_json_object, resolve_file, write_atomically
+from inlay.config.hub import PushToHub
 from inlay.config.settings import Settings, setting, settings
 from inlay.config.types import PeftType, TaskType
 from inlay.errors import CheckpointError, ConfigError, InlayWarning, UnknownFieldError, did_you_mean
 
-__all__ = ["COMPATIBLE_PEFT_VERSION", "PeftConfig", "PromptLearningConfig"]
+__all__ = ["COMPATIBLE_PEFT_VERSION", "PeftConfig"]
 
 COMPATIBLE_PEFT_VERSION = "0.21.2"  # whose files these are; written into every file
 
 
 @settings
-class PeftConfig(Settings):
+class PeftConfig(Settings, PushToHub):
     """What every adapter configuration has; reads and writes ``adapter_config.json``.
 
     A subclass sets the class attribute ``peft_type``; instances of it have no other.
@@ -243,62 +235,6 @@ class PeftConfig(Settings):
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """Return the values read from a file, changed where a method must; called before the object is made."""
         return kwargs
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str | None = "50GB",
-        tags: list[str] | None = None,
-    ) -> Any:
-        """Save to a Hub repository; ``max_shard_size`` is there for callers of PEFT, as one JSON file has no shards.
-
-        Returns:
-            The commit, as ``huggingface_hub`` describes it.
-
-        Raises:
-            MissingExtraError: huggingface_hub is not installed.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return push_folder(
-                folder,
-                repo_id,
-                commit_message=commit_message or "Upload adapter configuration",
-                commit_description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                tags=tags,
-            )
-
-
-@settings(
-    positional="num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers modules_to_save"
-)
-class PromptLearningConfig(SavedModulesField, PeftConfig):
-    """What the configurations of all methods with virtual tokens share; None is filled in from the model."""
-
-    num_virtual_tokens: int | None = setting(
-        None, doc="How many virtual tokens are learnt.", gt=0, parameters="proportional"
-    )
-    token_dim: int | None = setting(None, doc="Width of the model's embeddings.", gt=0, parameters="proportional")
-    num_transformer_submodules: int | None = setting(
-        None, doc="1 for a decoder or an encoder, 2 for an encoder with a decoder.", gt=0, parameters="proportional"
-    )
-    num_attention_heads: int | None = setting(None, doc="Number of attention heads of the model.", gt=0)
-    num_layers: int | None = setting(None, doc="Number of the model's blocks.", gt=0)
-
-    @property
-    def is_prompt_learning(self) -> bool:
-        return True
 
 
 def _name(peft_type: Any) -> str | None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ __all__ = [
     "HUB_KEYWORDS",
     "SAFETENSORS_WEIGHTS_NAME",
     "WEIGHTS_NAME",
-    "push_folder",
+    "import_hub",
     "read_json_object",
     "resolve_file",
     "write_atomically",
@@ -37,7 +36,12 @@ LARGEST_JSON = 16 * 2**20  # bytes; a real configuration is a few kilobytes
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def _import_hub(purpose: str) -> Any:
+def import_hub(purpose: str) -> Any:
+    """Return the module ``huggingface_hub``.
+
+    Raises:
+        MissingExtraError: it is not installed; the message begins with ``purpose``.
+    """
     try:
         import huggingface_hub
     except ImportError as error:
@@ -75,7 +79,7 @@ def resolve_file(
         raise CheckpointMissingError(f"Expected the file {wanted!r} in the folder {place!r}, which {missing}.")
     if hub_keywords.get("local_files_only") is None or _offline():
         hub_keywords["local_files_only"] = _offline()
-    hub = _import_hub(f"There is no file {str(local)!r}, and looking for {wanted!r} in the Hub repository {place!r}")
+    hub = import_hub(f"There is no file {str(local)!r}, and looking for {wanted!r} in the Hub repository {place!r}")
     try:
         return str(hub.hf_hub_download(place, filename, subfolder=subfolder, **hub_keywords))
     except TypeError:
@@ -142,55 +146,3 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def push_folder(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    commit_message: str,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    tags: Iterable[str] | None = None,
-) -> Any:
-    """Upload a folder's files to a Hub repository, which is created where it does not exist.
-
-    ``tags`` are added to the model card: the folder's ``README.md`` or, without one, the repository's.
-
-    Returns:
-        What ``huggingface_hub.HfApi.upload_folder`` returns: the commit.
-
-    Raises:
-        MissingExtraError: huggingface_hub is not installed.
-    """
-    hub = _import_hub(f"Uploading to the Hub repository {repo_id!r}")
-    api = hub.HfApi(token=token, library_name="inlay")
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    if tags:
-        _tag_card(hub, Path(folder), repo_id, list(tags), token)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=str(folder),
-        commit_message=commit_message,
-        commit_description=commit_description or "",
-        revision=revision,
-        create_pr=create_pr,
-    )
-
-
-def _tag_card(hub: Any, folder: Path, repo_id: str, tags: list[str], token: bool | str | None) -> None:
-    readme = folder / "README.md"
-    if readme.is_file():
-        card = hub.ModelCard.load(readme)
-    else:
-        try:
-            card = hub.ModelCard.load(repo_id, token=token)
-        except hub.errors.EntryNotFoundError:
-            card = hub.ModelCard("---\nlibrary_name: peft\n---\n")
-    card.data.tags = [*(card.data.tags or []), *(tag for tag in tags if tag not in (card.data.tags or []))]
-    card.save(readme)

@@ -1,0 +1,67 @@
+"""Every installed method's configuration beside PEFT's of the same name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+from importlib.util import find_spec
+
+import pytest
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from inlay.config import COMPATIBLE_PEFT_VERSION, CONFIG_NAME, PeftConfig
+from inlay.core import registry
+
+
+@pytest.fixture(autouse=True)
+def known_methods():
+    """The real registry, instead of the one that stands in for it in the other files here."""
+
+
+def both(peft_type):
+    module = registry.BUILTIN_METHODS.get(peft_type)
+    if module is not None and find_spec(module) is None:
+        pytest.skip(f"{module} is registered and does not exist yet")
+    return registry.config_class(peft_type), PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+
+
+def plain(value):
+    return vars(value) if dataclasses.is_dataclass(value) else value
+
+
+ours_and_theirs = pytest.mark.parametrize("peft_type", registry.method_types())
+
+
+@ours_and_theirs
+def test_fields_order_and_defaults(peft_type):
+    ours, theirs = both(peft_type)
+    assert [f.name for f in dataclasses.fields(ours)] == [f.name for f in dataclasses.fields(theirs)]
+    assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+    one, other = ours(), theirs()
+    for field in dataclasses.fields(ours):
+        assert plain(getattr(one, field.name)) == plain(getattr(other, field.name)), field.name
+    assert one.peft_type == ours.peft_type == other.peft_type
+    assert one.is_prompt_learning == other.is_prompt_learning
+
+
+@ours_and_theirs
+def test_files(peft_type, tmp_path):
+    ours, theirs = both(peft_type)
+    ours().save_pretrained(tmp_path / "ours")
+    theirs().save_pretrained(tmp_path / "theirs")
+    written = [json.loads((tmp_path / who / CONFIG_NAME).read_text()) for who in ("ours", "theirs")]
+    assert written[0] == written[1]
+    assert written[0]["peft_version"] == COMPATIBLE_PEFT_VERSION
+    assert PeftConfig.from_pretrained(tmp_path / "theirs") == ours()
+
+
+@ours_and_theirs
+def test_every_field_is_documented(peft_type):
+    ours, _ = both(peft_type)
+    assert ours.__name__ == PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].__name__
+    assert importlib.import_module(ours.__module__).__name__.startswith("inlay.")
+    for field in dataclasses.fields(ours):
+        assert field.metadata.get("doc", "").strip(), field.name
+        assert field.metadata.get("parameters", "").strip(), field.name
