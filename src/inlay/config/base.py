@@ -157,7 +157,7 @@ class PeftConfig(Settings, PushToHub):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
-    ) -> PeftConfig:
+    ) -> Any:
         """Read ``adapter_config.json`` from a folder or a Hub repository.
 
         The file says which class is made, as in PEFT; a file of another method than ``cls`` gives a warning.
@@ -167,6 +167,9 @@ class PeftConfig(Settings, PushToHub):
             subfolder: a folder inside it.
             kwargs: keywords of ``huggingface_hub.hf_hub_download``, and values for fields that the file lacks. What
                 the file says is not overridden: assign to the returned configuration for that.
+
+        Returns:
+            A `PeftConfig`; typed as anything, because the file and not ``cls`` decides which.
 
         Raises:
             CheckpointMissingError: no such file there.
@@ -217,7 +220,7 @@ class PeftConfig(Settings, PushToHub):
         return found
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+    def from_peft_type(cls, **kwargs: Any) -> Any:
         """Make the configuration that ``peft_type`` names, or without it one of this class.
 
         With ``peft_type`` given, unknown fields are dropped with a warning (they come from files of later versions).
