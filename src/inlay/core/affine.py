@@ -102,7 +102,9 @@ class Site:
                 names.append(dim)
         return tuple(shape), tuple(names)
 
-    def slot(self, key: str, dims: str, init: Init = zeros, *, options: dict[str, Any] | None = None, **sizes: int) -> Slot:
+    def slot(
+        self, key: str, dims: str, init: Init = zeros, *, options: dict[str, Any] | None = None, **sizes: int
+    ) -> Slot:
         """Return a slot whose shape is resolved at this site; ``options`` are further fields of the slot."""
         shape, names = self.shape(dims, **sizes)
         return Slot(key, shape, names, init, **(options or {}))

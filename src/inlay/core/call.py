@@ -81,7 +81,7 @@ def calls_in_force() -> tuple[Call, ...]:
 
 def _recalled() -> tuple[Call, ...]:
     """Inside backward: the calls that the recomputed checkpoint ran under (nested checkpoints inherit them)."""
-    inner = []
+    inner: list[Any] = []
     for holder, recomputing in _walk(sys._getframe(2)):
         if recomputing:
             calls = getattr(holder, _MARK, ())

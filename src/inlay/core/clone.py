@@ -14,9 +14,7 @@ from torch import Tensor, nn
 __all__ = ["call_with", "shallow_clone"]
 
 
-def shallow_clone(
-    module: nn.Module, tensors: dict[str, Tensor], modules: dict[str, Any] | None = None
-) -> nn.Module:
+def shallow_clone(module: nn.Module, tensors: dict[str, Tensor], modules: dict[str, Any] | None = None) -> nn.Module:
     """Return a module that shares everything with ``module`` but the named tensors and children."""
     clone = object.__new__(type(module))
     clone.__dict__.update(module.__dict__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,10 @@ from inlay.core.state import Record, State
 from inlay.core.targets import places
 from inlay.errors import StateError
 
-__all__ = ["delete", "eject", "inject", "set_active", "set_trainable"]
+__all__ = ["adapter_parameters", "delete", "eject", "inject", "set_active", "set_trainable"]
+
+# One step back, should a later step of an injection fail.
+Undo = Callable[[], object]
 
 
 def inject(plan: Plan, *, low_memory: bool = False, seed: int | None = None, initialise: bool = True) -> State:
@@ -37,7 +41,7 @@ def inject(plan: Plan, *, low_memory: bool = False, seed: int | None = None, ini
     """
     seed = torch.initial_seed() if seed is None else seed
     state = plan.state or State(policy=plan.policy)
-    undo: list[Callable[[], None]] = []
+    undo: list[Undo] = []
     first = not state.records
     parameters = dict(plan.model.named_parameters())
     biases = {name: parameters[name] for name in plan.biases}
@@ -59,9 +63,9 @@ def inject(plan: Plan, *, low_memory: bool = False, seed: int | None = None, ini
             _copy_module(place, plan.adapter, state, undo)
         if shared is not None:
             state.shared._modules[plan.adapter] = shared
-            undo.append(lambda: state.shared._modules.pop(plan.adapter, None) and None)
+            undo.append(lambda: state.shared._modules.pop(plan.adapter, None))
         state.records[plan.adapter] = Record(plan.config, plan.method, seed)
-        undo.append(lambda: state.records.pop(plan.adapter, None) and None)
+        undo.append(lambda: state.records.pop(plan.adapter, None))
         if initialise and not low_memory:
             _prepare(plan, state, undo)
         for name, p in biases.items():
@@ -119,7 +123,7 @@ def _build_shared(plan: Plan, low_memory: bool, seed: int) -> nn.Module | None:
     return holder
 
 
-def _adapted(placement: Placement, state: State, undo: list[Callable[[], None]]) -> AdaptedLayer:
+def _adapted(placement: Placement, state: State, undo: list[Undo]) -> AdaptedLayer:
     """Return the adapted layer at a place, putting one there if there is none."""
     here = placement.place.module
     if isinstance(here, AdaptedLayer):
@@ -145,7 +149,7 @@ def _mount(
     adapter: str,
     placement: Placement,
     tensors: dict[str, Tensor],
-    undo: list[Callable[[], None]],
+    undo: list[Undo],
 ) -> None:
     """Hang an entry's tensors below the layer, where their slots say."""
     entry = Entry(adapter, placement.method, placement.site, placement.slots)
@@ -157,9 +161,9 @@ def _mount(
         containers, leaf = slot.place
         tensor = tensors[role]
         value = tensor if slot.buffer else nn.Parameter(tensor, requires_grad=slot.trainable)
-        holder = _container(layer, containers, nn.ModuleDict if leaf else AdapterTensors)
+        holder: Any = _container(layer, containers, nn.ModuleDict if leaf else AdapterTensors)
         if not leaf:
-            holder[adapter] = value  # type: ignore[index]
+            holder[adapter] = value
             if slot.buffer and not slot.saved:
                 holder._non_persistent_buffers_set.add(adapter)
             continue
@@ -173,7 +177,7 @@ def _mount(
             if not slot.saved:
                 module._non_persistent_buffers_set.add(leaf)
         else:
-            module._parameters[leaf] = value  # type: ignore[assignment]
+            module._parameters[leaf] = value
     layer.entries[adapter] = (*layer.entries.get(adapter, ()), entry)
     undo.append(lambda: dismount(layer, adapter))
 
@@ -218,7 +222,7 @@ def _drop(layer: nn.Module, path: tuple[str, ...], adapter: str) -> None:
         del holders[depth - 1]._modules[path[depth - 1]]
 
 
-def _copy_module(place: object, adapter: str, state: State, undo: list[Callable[[], None]]) -> None:
+def _copy_module(place: object, adapter: str, state: State, undo: list[Undo]) -> None:
     """Give an adapter its full copy of a module."""
     from inlay.core.targets import Place
 
@@ -238,13 +242,13 @@ def _copy_module(place: object, adapter: str, state: State, undo: list[Callable[
 
         undo.append(back)
     copies.add(adapter)
-    for parameter in copies.modules_to_save._modules[adapter].parameters():  # type: ignore[union-attr]
+    for parameter in copies.modules_to_save._modules[adapter].parameters():
         parameter.requires_grad_(True)
-    undo.append(lambda: copies.modules_to_save._modules.pop(adapter, None) and None)
+    undo.append(lambda: copies.modules_to_save._modules.pop(adapter, None))
 
 
 @torch.no_grad()
-def _prepare(plan: Plan, state: State, undo: list[Callable[[], None]]) -> None:
+def _prepare(plan: Plan, state: State, undo: list[Undo]) -> None:
     """Let methods set initial values that depend on the base weight."""
     for placement in plan.placements:
         if not placement.method.needs_base or placement.device.type == "meta":
@@ -260,7 +264,7 @@ def _prepare(plan: Plan, state: State, undo: list[Callable[[], None]]) -> None:
                     _rebase(layer, rebased, state, undo)
 
 
-def _rebase(layer: AdaptedLayer, rebased: Affine, state: State, undo: list[Callable[[], None]]) -> None:
+def _rebase(layer: AdaptedLayer, rebased: Affine, state: State, undo: list[Undo]) -> None:
     """Write the new base that an initialiser asks for, recording the old one."""
     leaf = layer.leaf_layer
     new = layer.kind.stored(leaf, layer.site, rebased)
@@ -285,13 +289,13 @@ def adapter_parameters(state: State, names: Iterable[str]) -> list[nn.Parameter]
     for layer in state.layers():
         if isinstance(layer, ModuleCopies):
             for name in wanted & layer.modules_to_save._modules.keys():
-                for parameter in layer.modules_to_save._modules[name].parameters():  # type: ignore[union-attr]
+                for parameter in layer.modules_to_save._modules[name].parameters():
                     found[id(parameter)] = parameter
             continue
         for name in wanted & layer.entries.keys():
             for entry in layer.entries[name]:
                 for _, containers, leaf in entry.places:
-                    holder = entry.home if entry.home is not None else layer
+                    holder: Any = entry.home if entry.home is not None else layer
                     for part in containers:
                         holder = holder._modules[part]
                     tensor = getattr(holder._modules[name], leaf) if leaf else holder[name]
@@ -325,7 +329,9 @@ def _fixed(state: State, names: list[str]) -> set[int]:
         for name in names:
             for entry in layer.entries.get(name, ()):
                 values = layer.params(entry).__dict__
-                fixed |= {id(values[role]) for role, slot in entry.method.slots(entry.site).items() if not slot.trainable}
+                fixed |= {
+                    id(values[role]) for role, slot in entry.method.slots(entry.site).items() if not slot.trainable
+                }
     return fixed
 
 

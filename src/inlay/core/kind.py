@@ -44,11 +44,11 @@ class Kind:
     weight_name: ClassVar[str] = "weight"
     bias_name: ClassVar[str] = "bias"
 
-    def claims(self, module: nn.Module) -> bool:
+    def claims(self, module: Any) -> bool:
         """Whether the module is of this kind."""
         raise NotImplementedError
 
-    def site(self, name: str, module: nn.Module) -> Site:
+    def site(self, name: str, module: Any) -> Site:
         """Return the module's frozen shape.
 
         Raises:
@@ -58,7 +58,7 @@ class Kind:
 
     def run(
         self,
-        module: nn.Module,
+        module: Any,
         site: Site,
         affine: Affine,
         x: Tensor,
@@ -79,25 +79,25 @@ class Kind:
         """The inverse of :meth:`to_matrix`."""
         return weight
 
-    def read(self, module: nn.Module, site: Site) -> Affine:
+    def read(self, module: Any, site: Site) -> Affine:
         """Return the module's map; plain weights are not copied."""
         bias = storage.read(module, self.bias_name) if site.bias else None
         return Affine(self.to_matrix(site, storage.read(module, self.weight_name)), bias)
 
-    def stored(self, module: nn.Module, site: Site, affine: Affine) -> dict[str, Tensor]:
+    def stored(self, module: Any, site: Site, affine: Affine) -> dict[str, Tensor]:
         """Return what to write so that the module computes ``affine``: stored tensors by parameter name."""
         tensors = {self.weight_name: self.from_matrix(site, affine.weight)}
         if affine.bias is not None and site.bias:
             tensors[self.bias_name] = affine.bias
         return tensors
 
-    def adapt(self, module: nn.Module, site: Site, state: State) -> AdaptedLayer:
+    def adapt(self, module: Any, site: Site, state: State) -> AdaptedLayer:
         """Return the adapted layer that is to stand where the module stands."""
         from inlay.core.layer import AdaptedLayer
 
         return AdaptedLayer(module, self, site, state)
 
-    def weight_dtype(self, module: nn.Module) -> torch.dtype | None:
+    def weight_dtype(self, module: Any) -> torch.dtype | None:
         """Dtype of the weight, None where it is not floating."""
         return storage.floating_dtype(module, self.weight_name)
 
@@ -127,7 +127,7 @@ def register_kind(kind: Kind) -> None:
     _by_class.clear()
 
 
-def kind_of(module: nn.Module) -> Kind | None:
+def kind_of(module: Any) -> Kind | None:
     """Return the kind that claims the module, or None.
 
     The answer is cached by class: a kind must judge by class alone, and refuse odd instances in ``site``.

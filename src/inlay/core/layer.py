@@ -29,7 +29,7 @@ class AdapterTensors(nn.Module):
     """
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._parameters.get(name)
+        tensor: Tensor | None = self._parameters.get(name)
         if tensor is None:
             tensor = self._buffers.get(name)
         if tensor is None:
@@ -273,9 +273,7 @@ class AdaptedLayer(nn.Module):
             )
         weight = kept[self.kind.weight_name].to(present.weight.device)
         bias = kept.get(self.kind.bias_name)
-        return Affine(
-            self.kind.to_matrix(self.site, weight), present.bias if bias is None else bias.to(weight.device)
-        )
+        return Affine(self.kind.to_matrix(self.site, weight), present.bias if bias is None else bias.to(weight.device))
 
     def fold(self, chain: tuple[Entry, ...], dtype: torch.dtype | None = None) -> Affine:
         """Return the map with the entries of ``chain`` written into it, in weight space.

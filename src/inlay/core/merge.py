@@ -96,8 +96,7 @@ def unmerge(state: State) -> bool:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    copy = tensor.detach().to("cpu", copy=True)
-    return copy
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _check_order(layer: AdaptedLayer, wanted: list[str], chain: tuple[Entry, ...], keep: str) -> None:

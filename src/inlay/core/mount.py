@@ -92,7 +92,7 @@ class ModuleCopies(nn.Module):
         copies = self.modules_to_save._modules
         for name in reversed(self.active):
             if name in copies:
-                return copies[name]  # type: ignore[return-value]
+                return copies[name]
         return self.original_module
 
     @property

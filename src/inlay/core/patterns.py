@@ -17,7 +17,9 @@ _LONGEST_EXPRESSION = 10_000
 @lru_cache(maxsize=1024)
 def _compiled(expression: str) -> re.Pattern[str]:
     if len(expression) > _LONGEST_EXPRESSION:
-        raise ConfigError(f"an expression of {len(expression)} characters is refused; {_LONGEST_EXPRESSION} are allowed")
+        raise ConfigError(
+            f"an expression of {len(expression)} characters is refused; {_LONGEST_EXPRESSION} are allowed"
+        )
     try:
         return re.compile(expression)
     except re.error as error:

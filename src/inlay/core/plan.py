@@ -191,9 +191,7 @@ def place_method(made: Plan, place: Place, pattern: str, method: Method) -> Plac
         raise UnsupportedError(f"{method.config.peft_type.value} on {place.path!r} ({type(base).__name__}): {reason}")
     weight = getattr(base, kind.weight_name)
     dtype = adapter_dtype(storage.floating_dtype(base, kind.weight_name), made.autocast)
-    return Placement(
-        place, site, kind, method.slots(site), pattern, method.options(site), method, dtype, weight.device
-    )
+    return Placement(place, site, kind, method.slots(site), pattern, method.options(site), method, dtype, weight.device)
 
 
 def _unreadable(made: Plan, place: Place) -> str | None:
@@ -220,7 +218,7 @@ def _choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
         def match(path: str) -> str | None:
             return ALL_LINEAR if path in paths else None
     else:
-        match = matcher(targets)
+        match = matcher(targets)  # type: ignore[assignment]  # the two branches differ in the parameter's name
     exclude = matcher(config.exclude_modules) if getattr(config, "exclude_modules", None) else None
     wanted = getattr(config, "layers_to_transform", None)
     indices = None if wanted is None else {wanted} if isinstance(wanted, int) else set(wanted)
@@ -242,7 +240,7 @@ def _choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
             continue
         if isinstance(place.module, ModuleCopies):
             raise TargetError(
-                f"{place.path!r} is trained in full by modules_to_save of another adapter, so {pattern!r} cannot adapt it"
+                f"{place.path!r} is trained in full by modules_to_save of another adapter; {pattern!r} cannot adapt it"
             )
         hit.add(pattern)
         chosen.append((place, pattern))
@@ -267,7 +265,9 @@ def _default_targets(made: Plan) -> Any:
     )
     targets = default_targets(config.peft_type.value, model_type) if model_type else None
     if targets is None:
-        family = f"the model family {model_type!r} has no default" if model_type else "the model has no config.model_type"
+        family = (
+            f"the model family {model_type!r} has no default" if model_type else "the model has no config.model_type"
+        )
         raise TargetError(f"target_modules is not set and {family}; set target_modules, for instance to 'all-linear'")
     made.resolved["target_modules"] = targets if isinstance(targets, str) else set(targets)
     return targets

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from inlay.core.method import Method
     from inlay.core.mount import ModuleCopies
 
-    Adapted = AdaptedLayer | ModuleCopies
+    Adapted: TypeAlias = AdaptedLayer | ModuleCopies
 
 __all__ = ["BASE", "Record", "State", "check_adapter_name", "find_state"]
 

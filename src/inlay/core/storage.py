@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar
 
 import torch
@@ -72,7 +72,7 @@ def write(module: nn.Module, name: str, value: Tensor) -> None:
     storage_of(module).write(module, name, value)
 
 
-def onloaded(module: nn.Module) -> contextmanager:  # type: ignore[valid-type]
+def onloaded(module: nn.Module) -> AbstractContextManager[None]:
     """Guard under which the module's tensors may be read."""
     return storage_of(module).onloaded(module)
 

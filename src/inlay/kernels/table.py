@@ -6,6 +6,7 @@ A kind without an entry for an operator gets the generic way, which runs the lay
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +67,7 @@ def _cast(kind: Kind, module: nn.Module, site: Site, x: Tensor, delta: Delta, co
         dtype = kind.weight_dtype(module) or dtype
     if delta.A.dtype == dtype and delta.B.dtype == dtype:
         return delta
-    cast = LowRank(delta.B.to(dtype), delta.A.to(dtype), groups=delta.groups)
-    return cast
+    return LowRank(delta.B.to(dtype), delta.A.to(dtype), groups=delta.groups)
 
 
 @fast_path(LowRank, "linear")
@@ -78,7 +78,7 @@ def _linear(module: nn.Module, site: Site, x: Tensor, delta: Delta) -> Tensor:
 
 
 @fast_path(LowRank, "embedding")
-def _embedding(module: nn.Module, site: Site, x: Tensor, delta: Delta) -> Tensor:
+def _embedding(module: Any, site: Site, x: Tensor, delta: Delta) -> Tensor:
     assert isinstance(delta, LowRank)
     embedding = torch.nn.functional.embedding
     rows = embedding(
@@ -92,7 +92,7 @@ def _embedding(module: nn.Module, site: Site, x: Tensor, delta: Delta) -> Tensor
 
 
 @fast_path(LowRank, "conv1d", "conv2d", "conv3d")
-def _conv(module: nn.Module, site: Site, x: Tensor, delta: Delta) -> Tensor:
+def _conv(module: Any, site: Site, x: Tensor, delta: Delta) -> Tensor:
     """Two convolutions: the layer's own geometry down to the rank, then 1x1 (or per group) up to the outputs."""
     assert isinstance(delta, LowRank)
     spatial = len(site.kernel)
@@ -110,8 +110,8 @@ def _conv(module: nn.Module, site: Site, x: Tensor, delta: Delta) -> Tensor:
     return conv(t, up, None, groups=site.groups)
 
 
-def pad_input(module: nn.Module, x: Tensor) -> tuple[Tensor, int | str | tuple[int, ...]]:
+def pad_input(module: Any, x: Tensor) -> tuple[Tensor, Any]:
     """Return the input and the padding argument of a convolution, with other than zero padding done by hand."""
     if module.padding_mode == "zeros":
-        return x, module.padding  # type: ignore[return-value]
-    return torch.nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0  # type: ignore[arg-type]
+        return x, module.padding
+    return torch.nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0

@@ -20,13 +20,13 @@ class Conv(Kind):
 
     def __init__(self, spatial: int) -> None:
         self.name = f"conv{spatial}d"  # type: ignore[misc]
-        self._cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial - 1]
+        self._cls: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial - 1]
         self._conv = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[spatial - 1]
 
-    def claims(self, module: nn.Module) -> bool:
+    def claims(self, module: Any) -> bool:
         return isinstance(module, self._cls)
 
-    def site(self, name: str, module: nn.Module) -> Site:
+    def site(self, name: str, module: Any) -> Site:
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         return Site(
             name,
@@ -46,7 +46,7 @@ class Conv(Kind):
 
     def run(
         self,
-        module: nn.Module,
+        module: Any,
         site: Site,
         affine: Affine,
         x: Tensor,
@@ -58,7 +58,7 @@ class Conv(Kind):
         padded, padding = pad_input(module, x.to(dtype))
         weight = self.from_matrix(site, affine.weight).to(dtype)
         bias = None if affine.bias is None else affine.bias.to(dtype)
-        return self._conv(padded, weight, bias, module.stride, padding, module.dilation, site.groups)  # type: ignore[operator]
+        return self._conv(padded, weight, bias, module.stride, padding, module.dilation, site.groups)
 
     def leaf(self, site: Site, slot: Slot) -> nn.Module:
         if slot.leaf is None or len(slot.shape) != len(site.kernel) + 2:
@@ -67,7 +67,6 @@ class Conv(Kind):
         ones = (1,) * len(site.kernel)
         down = slot.leaf == "down"
         groups = 1 if down else site.groups
-        conv = self._cls(
+        return self._cls(
             columns * groups, rows, site.kernel if down else ones, groups=groups, bias=False, device="meta"
         )
-        return conv

@@ -14,7 +14,7 @@ from inlay.errors import MergeError
 __all__ = ["Embedding", "embed_scale"]
 
 
-def embed_scale(module: nn.Module) -> float | Tensor:
+def embed_scale(module: Any) -> float | Tensor:
     """Return the factor that a scaled embedding (Gemma, Bart) multiplies into its output."""
     scale = getattr(module, "embed_scale", 1.0)
     return scale if isinstance(scale, (int, float, Tensor)) else 1.0
@@ -29,10 +29,10 @@ class Embedding(Kind):
 
     name = "embedding"
 
-    def claims(self, module: nn.Module) -> bool:
+    def claims(self, module: Any) -> bool:
         return isinstance(module, nn.Embedding)
 
-    def site(self, name: str, module: nn.Module) -> Site:
+    def site(self, name: str, module: Any) -> Site:
         assert isinstance(module, nn.Embedding)
         return Site(name, self.name, module.embedding_dim, module.num_embeddings, lookup=True)
 
@@ -42,7 +42,7 @@ class Embedding(Kind):
     def from_matrix(self, site: Site, weight: Tensor) -> Tensor:
         return weight.t()
 
-    def read(self, module: nn.Module, site: Site) -> Affine:
+    def read(self, module: Any, site: Site) -> Affine:
         affine = super().read(module, site)
         assert isinstance(module, nn.Embedding)
         if module.max_norm is None:
@@ -52,7 +52,7 @@ class Embedding(Kind):
         factor = torch.where(norms > module.max_norm, module.max_norm / (norms + 1e-7), torch.ones_like(norms))
         return Affine(affine.weight * factor)
 
-    def stored(self, module: nn.Module, site: Site, affine: Affine) -> dict[str, Tensor]:
+    def stored(self, module: Any, site: Site, affine: Affine) -> dict[str, Tensor]:
         assert isinstance(module, nn.Embedding)
         if module.max_norm is not None:
             norms = affine.weight.norm(p=module.norm_type, dim=0)
@@ -65,7 +65,7 @@ class Embedding(Kind):
 
     def run(
         self,
-        module: nn.Module,
+        module: Any,
         site: Site,
         affine: Affine,
         x: Tensor,

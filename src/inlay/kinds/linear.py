@@ -39,16 +39,14 @@ class Linear(Kind):
     name = "linear"
     all_linear = True
 
-    def claims(self, module: nn.Module) -> bool:
+    def claims(self, module: Any) -> bool:
         return isinstance(module, nn.Linear) or is_conv1d(type(module))
 
-    def site(self, name: str, module: nn.Module) -> Site:
+    def site(self, name: str, module: Any) -> Site:
         if is_conv1d(type(module)):
             channels, out = module.weight.shape
             return Site(name, self.name, int(out), int(channels), bias=True, transposed=True)
-        return Site(
-            name, self.name, int(module.out_features), int(module.in_features), bias=module.bias is not None
-        )  # type: ignore[arg-type]
+        return Site(name, self.name, int(module.out_features), int(module.in_features), bias=module.bias is not None)
 
     def to_matrix(self, site: Site, stored: Tensor) -> Tensor:
         return stored.t() if site.transposed else stored
@@ -58,7 +56,7 @@ class Linear(Kind):
 
     def run(
         self,
-        module: nn.Module,
+        module: Any,
         site: Site,
         affine: Affine,
         x: Tensor,
@@ -75,5 +73,5 @@ class Linear(Kind):
             return bare_linear(slot.shape[1], slot.shape[0])
         return Holder()
 
-    def weight_dtype(self, module: nn.Module) -> torch.dtype | None:
+    def weight_dtype(self, module: Any) -> torch.dtype | None:
         return storage.floating_dtype(module, self.weight_name)

@@ -32,13 +32,13 @@ class Norm(Kind):
     name = "norm"
     activation = False  # the normalised input is not at hand, so an update has nothing of its own to multiply
 
-    def claims(self, module: nn.Module) -> bool:
+    def claims(self, module: Any) -> bool:
         if isinstance(module, _TORCH):
             return True
         weight = module._parameters.get("weight")
         return "norm" in type(module).__name__.lower() and weight is not None and weight.dim() == 1
 
-    def site(self, name: str, module: nn.Module) -> Site:
+    def site(self, name: str, module: Any) -> Site:
         weight = module._parameters.get("weight")
         if weight is None:
             raise UnsupportedError(f"{name!r} ({type(module).__name__}) has no weight, so there is nothing to adapt")
@@ -52,17 +52,17 @@ class Norm(Kind):
     def from_matrix(self, site: Site, weight: Tensor) -> Tensor:
         return weight.reshape(-1)
 
-    def read(self, module: nn.Module, site: Site) -> Affine:
+    def read(self, module: Any, site: Site) -> Affine:
         affine = super().read(module, site)
         return affine if affine.bias is None else Affine(affine.weight, affine.bias.reshape(-1))
 
-    def stored(self, module: nn.Module, site: Site, affine: Affine) -> dict[str, Tensor]:
+    def stored(self, module: Any, site: Site, affine: Affine) -> dict[str, Tensor]:
         tensors = super().stored(module, site, affine)
-        return {name: tensor.reshape(module._parameters[name].shape) for name, tensor in tensors.items()}  # type: ignore[union-attr]
+        return {name: tensor.reshape(module._parameters[name].shape) for name, tensor in tensors.items()}
 
     def run(
         self,
-        module: nn.Module,
+        module: Any,
         site: Site,
         affine: Affine,
         x: Tensor,

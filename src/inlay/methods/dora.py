@@ -19,7 +19,7 @@ __all__ = ["DoRA"]
 
 
 class DoRA(LoRA):
-    """``m * (W + s B A) / ||W + s B A||``, the norm taken by row of the untouched weight and held constant in backward."""
+    """``m * (W + s B A) / ||W + s B A||``: norms by row, of the untouched weight, held constant in backward."""
 
     @property
     def commutes(self) -> bool:

@@ -112,10 +112,20 @@ class LoraConfig(TargetFields, LayerFields, PatternFields, FanInFanOutField, Pef
             raise ConfigError(f"{owner}.lora_bias: expected False with use_dora=True, which has no place for it")
 
 
-_NOT_YET = (
-    "loftq_config eva_config corda_config lora_ga_config velora_config alora_invocation_tokens use_qalora "
-    "monteclora_config use_bdlora arrow_config kasa_config megatron_config"
-).split()
+_NOT_YET = [
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "velora_config",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "monteclora_config",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "megatron_config",
+]
 
 
 @register_method
