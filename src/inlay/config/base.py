@@ -5,8 +5,8 @@ A method's configuration is written like this::
     @settings(positional="r target_modules exclude_modules dropout")
     class ScaleConfig(TargetFields, PeftConfig):
         peft_type = PeftType.SCALE
-        r: int = setting(8, doc="Rank of the update.", gt=0, parameters="proportional")
-        dropout: float = setting(0.0, doc="...", ge=0, lt=1)
+        r: int = setting(default=8, doc="Rank of the update.", gt=0, parameters="proportional")
+        dropout: float = setting(default=0.0, doc="...", ge=0, lt=1)
 
 ``positional`` gives the order of positional arguments where it differs from mix-ins first, own fields next; what it
 leaves out follows. A plain ``@dataclass`` works too, with that order and a longer repr.
@@ -46,19 +46,21 @@ class PeftConfig(Settings, PushToHub):
     """Fields that hold for this process only and are not written."""
 
     task_type: TaskType | str | None = setting(
-        None,
+        default=None,
         doc="What the model is for; chooses the wrapper class that get_peft_model returns.",
         choices=tuple(TaskType),
     )
-    peft_type: PeftType | str | None = setting(None, doc="The method; fixed by the configuration's class.")
+    peft_type: PeftType | str | None = setting(default=None, doc="The method; fixed by the configuration's class.")
     auto_mapping: dict[str, Any] | None = setting(
-        None, doc="Class and module of the base model, recorded on saving where task_type does not say them."
+        default=None, doc="Class and module of the base model, recorded on saving where task_type does not say them."
     )
-    peft_version: str | None = setting(None, doc="The PEFT release whose file format this is; filled in by itself.")
-    base_model_name_or_path: str | None = setting(None, doc="Where the base model was loaded from.")
-    revision: str | None = setting(None, doc="The revision of the base model on the Hub.")
+    peft_version: str | None = setting(
+        default=None, doc="The PEFT release whose file format this is; filled in by itself."
+    )
+    base_model_name_or_path: str | None = setting(default=None, doc="Where the base model was loaded from.")
+    revision: str | None = setting(default=None, doc="The revision of the base model on the Hub.")
     inference_mode: bool = setting(
-        False,
+        default=False,
         doc="Load the adapter frozen instead of trainable.",
         parameters="none of the adapter's parameters train when true",
     )

@@ -29,7 +29,7 @@ LONGEST_PATTERN = 10_000  # characters; a configuration file is data from elsewh
 def bias_setting(method: str) -> Any:
     """Declare a ``bias`` field with the choices ``none``, ``all`` and ``<method>_only``."""
     return setting(
-        "none",
+        default="none",
         doc=f"Which biases of the base train too: none, all in the model, or those of adapted layers ({method}_only); "
         "a trained bias changes the base, so that switching the adapter off does not undo it.",
         choices=("none", "all", f"{method}_only"),
@@ -79,7 +79,7 @@ class TargetField:
     """``target_modules``: which modules get an adapter."""
 
     target_modules: list[str] | set[str] | str | None = setting(
-        None,
+        default=None,
         doc="Modules to adapt: names or endings of names, or one regular expression over whole names, or "
         f"'{ALL_LINEAR}' for every linear layer but the output layer; without it, the model family's defaults.",
         parameters="proportional to the number of modules matched",
@@ -94,7 +94,7 @@ class ExcludeField:
     """``exclude_modules``: which modules stay as they are though they match."""
 
     exclude_modules: list[str] | set[str] | str | None = setting(
-        None,
+        default=None,
         doc="Modules to leave alone although they match: names or endings, or one regular expression over whole names.",
         parameters="less what the excluded modules would have had",
     )
@@ -108,7 +108,7 @@ class SavedModulesField:
     """``modules_to_save``: which modules are trained and saved whole."""
 
     modules_to_save: list[str] | None = setting(
-        None,
+        default=None,
         doc="Modules that are copied, trained in full and saved with the adapter, such as a new classification head.",
         parameters="adds every parameter of those modules",
     )
@@ -124,13 +124,13 @@ class LayerFields:
     """``layers_to_transform`` and ``layers_pattern``: adapt some blocks of a stack only."""
 
     layers_to_transform: list[int] | int | None = setting(
-        None,
+        default=None,
         doc="Numbers of the blocks to adapt, counted from 0; all blocks without it.",
         ge=0,
         parameters="proportional to the number of blocks chosen",
     )
     layers_pattern: list[str] | str | None = setting(
-        None,
+        default=None,
         doc="Name of the list that holds the blocks, such as 'layers' or 'h', where it cannot be recognised.",
     )
 
@@ -159,13 +159,13 @@ class PatternFields:
     """``rank_pattern`` and ``alpha_pattern``: another rank or scale for some modules."""
 
     rank_pattern: dict[str, int] | None = setting(
-        doc="Ranks that differ from r: module name, ending or regular expression -> rank.",
+       default= doc="Ranks that differ from r: module name, ending or regular expression -> rank.",
         factory=dict,
         gt=0,
         parameters="those modules count with their own rank",
     )
     alpha_pattern: dict[str, float] | None = setting(
-        doc="Numerators of the scale that differ from the general one: name, ending or regular expression -> number.",
+       default= doc="Numerators of the scale that differ from the general one: name, ending or regular expression -> number.",
         factory=dict,
     )
 
@@ -183,7 +183,7 @@ class FanInFanOutField:
     """``fan_in_fan_out``: how a layer outside this library stores its weight."""
 
     fan_in_fan_out: bool = setting(
-        False,
+        default=False,
         doc="The base weight is stored as (in, out) instead of (out, in); known layers such as transformers' Conv1D "
         "are recognised without it.",
     )

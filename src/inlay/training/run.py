@@ -24,6 +24,7 @@ class Outcome:
     """What a run came to."""
 
     folder: Path
+    model: Any  # the trained PeftModel, still in memory
     steps: int
     trainable: int
     parameters: int  # of the base model
@@ -228,6 +229,7 @@ def _describe(prepared: Prepared, folder: Path, steps: int) -> Outcome:
     everything = sum(p.numel() for p in prepared.model.parameters())
     return Outcome(
         folder=folder,
+        model=prepared.model,
         steps=steps,
         trainable=trainable,
         parameters=everything - trainable,
