@@ -159,13 +159,13 @@ class PatternFields:
     """``rank_pattern`` and ``alpha_pattern``: another rank or scale for some modules."""
 
     rank_pattern: dict[str, int] | None = setting(
-       default= doc="Ranks that differ from r: module name, ending or regular expression -> rank.",
+        doc="Ranks that differ from r: module name, ending or regular expression -> rank.",
         factory=dict,
         gt=0,
         parameters="those modules count with their own rank",
     )
     alpha_pattern: dict[str, float] | None = setting(
-       default= doc="Numerators of the scale that differ from the general one: name, ending or regular expression -> number.",
+        doc="Numerators of the scale that differ from the general one: name, ending or regular expression -> number.",
         factory=dict,
     )
 
