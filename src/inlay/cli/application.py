@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from importlib import import_module
 from typing import Annotated
 
@@ -28,9 +27,6 @@ def run(words: list[str]) -> int:
         application.command(command)(module.command)
         if command == name:
             lists = getattr(module, "LISTS", ())
-    # These speak to whoever calls transformers, not to whoever runs a command.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
         application(spread(words, lists), prog_name="inlay")
     except SystemExit as stop:

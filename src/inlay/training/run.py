@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,11 +100,14 @@ def train(config: RunConfig, display: Display, resume: bool = False) -> Outcome:
     )
     reporter.trainer = trainer
     try:
-        trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
-        entries = list(read_metrics(metrics.path))
-        done = trainer.state.global_step
-        if prepared.evaluation is not None and not any(e["step"] == done and "eval_loss" in e for e in entries):
-            trainer.evaluate()
+        with warnings.catch_warnings():
+            # about names that transformers will drop: nothing that whoever trains could do
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+            entries = list(read_metrics(metrics.path))
+            done = trainer.state.global_step
+            if prepared.evaluation is not None and not any(e["step"] == done and "eval_loss" in e for e in entries):
+                trainer.evaluate()
     finally:
         if first_process:
             display.end()
