@@ -72,7 +72,7 @@ def _flag(name: str) -> inspect.Parameter:
         default = FIELDS[name].default_factory()
     shown = default if default not in (NODEFAULT, None, [], {}) else None
     option = typer.Option(
-        help=meta.description + (f" [default: {shown}]" if shown is not None and kind is not bool else ""),
+        help=str(meta.description) + (f" [default: {shown}]" if shown is not None and kind is not bool else ""),
         rich_help_panel=(meta.extra or {})["panel"],
         show_default=False,
     )

@@ -121,6 +121,21 @@ class Plan:
             + sum(p.numel() * p.element_size() for place, _ in self.copies for p in place.base.parameters())
         )
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients of what trains."""
+        return sum(
+            slot.numel * (slot.dtype or placement.dtype).itemsize
+            for placement in self.placements
+            for slot in placement.slots.values()
+            if slot.trainable
+        ) + 4 * (self.trainable - sum(placement.numel for placement in self.placements))
+
+    @property
+    def optimiser_bytes(self) -> int:
+        """Bytes of two float32 moments for what trains, as Adam keeps."""
+        return 8 * self.trainable
+
     def __str__(self) -> str:
         from inlay.core.report import plan_table
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import inlay
 from inlay.errors import CheckpointMismatchError
@@ -114,7 +115,7 @@ class AdapterTrainer(Trainer):
             train_dataset=Examples(train),
             eval_dataset=Examples(evaluation) if evaluation is not None else None,
             compute_loss_func=_loss_of(task),
-            compute_metrics=lambda result: task.metrics(result.predictions, result.label_ids),
+            compute_metrics=lambda result: task.metrics(*_arrays(result)),
             preprocess_logits_for_metrics=lambda logits, labels: task.reduce(
                 logits[0] if isinstance(logits, tuple) else logits, labels
             ),
@@ -143,8 +144,8 @@ class AdapterTrainer(Trainer):
         """As in Trainer; a task that knows the exact loss replaces the mean over batches of unequal size."""
         result = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        own = result.metrics.pop(f"{prefix}_exact_loss", None)
-        if own is not None:
+        own = result.metrics.pop(f"{prefix}_exact_loss", None) if result.metrics else None
+        if result.metrics and own is not None:
             result.metrics[f"{prefix}_loss"] = own
         return result
 
@@ -200,6 +201,11 @@ def _loss_of(task: Task) -> Callable[..., torch.Tensor]:
         return task.loss(outputs["logits"], labels, num_items_in_batch)
 
     return loss
+
+
+def _arrays(result: EvalPrediction) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Reduced predictions and labels; both are one array each, because :meth:`Task.reduce` returns one tensor."""
+    return numpy.asarray(result.predictions), numpy.asarray(result.label_ids)
 
 
 def _to_disk(path: Path) -> None:
