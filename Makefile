@@ -1,0 +1,46 @@
+# Two commands matter: `make demo` and `make test`. Both set up everything they need in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+# Tests run one process per core, each with one thread; tiny shapes gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+JOBS ?= 2
+
+.PHONY: setup demo test test-all test-versions lint bench clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q --upgrade pip
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup: $(VENV)/.ready
+
+# Fine-tune a real pretrained encoder on real text, save, load, merge, eject; under five minutes on two cores.
+demo: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo/run.py
+
+# Every law on a set of cells that covers each pair of (method, kind), (method, storage) and (law, family).
+test: setup
+	$(PYTEST) -n $(JOBS) --dist loadfile
+
+# Every law on every cell.
+test-all: setup
+	INLAY_ALL_CELLS=1 $(PYTEST) -n $(JOBS) --dist loadfile
+
+# The oldest and newest supported transformers, and the oldest torch, each in an environment of its own.
+test-versions: setup
+	$(BIN)/python tests/versions.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) .venv-* dist build demo-output
