@@ -238,20 +238,18 @@ class AdaptedLayer(nn.Module):
             if held is not None:
                 dropout = held._modules.get(entry.name)
         p = P(dropout)
-        values = p.__dict__
-        values["training"] = self.training
-        values.update(entry.options)
+        p.training = self.training
+        for option, value in entry.options.items():
+            setattr(p, option, value)
         for role, containers, leaf in entry.places:
             holder: Any = home
             for part in containers:
                 holder = holder._modules[part]
-            values[role] = getattr(holder._modules[entry.name], leaf) if leaf else holder[entry.name]
+            setattr(p, role, getattr(holder._modules[entry.name], leaf) if leaf else holder[entry.name])
         shared = self.state.shared._modules.get(entry.name)
         if shared is not None:
-            for role, tensor in shared._buffers.items():
-                values[role] = tensor
-            for role, parameter in shared._parameters.items():
-                values[role] = parameter
+            for role, tensor in (*shared._buffers.items(), *shared._parameters.items()):
+                setattr(p, role, tensor)
         return p
 
     def present_affine(self) -> Affine:

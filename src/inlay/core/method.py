@@ -39,7 +39,7 @@ class P:
 
     def get(self, role: str) -> Tensor | None:
         """Return a tensor that this site may lack."""
-        return self.__dict__.get(role)
+        return getattr(self, role, None)
 
     def drop(self, x: Tensor) -> Tensor:
         """Apply the adapter's dropout to features."""

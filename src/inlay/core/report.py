@@ -55,7 +55,8 @@ def plan_table(plan: Plan) -> str:
     if plan.shared:
         shared = sum(slot.numel for slot in plan.shared.values())
         lines.append(f"shared by all sites: {', '.join(plan.shared)} ({shared:,} numbers)")
-    trainable, total = plan.trainable, plan.total
+    trainable = plan.trainable
+    total = plan.total + trainable
     lines += [
         "",
         f"sites                 {len(rows):,}",
