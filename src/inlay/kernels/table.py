@@ -15,7 +15,7 @@ from inlay.core.affine import Affine, Delta, LowRank, Site
 from inlay.core.dtype import product_dtype
 from inlay.core.kind import Kind
 
-__all__ = ["FAST", "apply_delta", "fast_path"]
+__all__ = ["FAST", "apply_delta", "embed_scale", "fast_path", "pad_input"]
 
 # (kind's name, operator) -> function (module, site, x, delta) -> output share, scale and bias left to the caller
 FAST: dict[tuple[str, type[Delta]], Callable[[nn.Module, Site, Tensor, Delta], Tensor]] = {}
@@ -88,7 +88,13 @@ def _embedding(module: Any, site: Site, x: Tensor, delta: Delta) -> Tensor:
         scale_grad_by_freq=module.scale_grad_by_freq,
         sparse=False,
     )
-    return torch.nn.functional.linear(rows, delta.B)
+    return torch.nn.functional.linear(rows, delta.B) * embed_scale(module)
+
+
+def embed_scale(module: nn.Module) -> float | Tensor:
+    """Return the factor that a scaled embedding (Gemma, Bart) multiplies into its output."""
+    scale = getattr(module, "embed_scale", 1.0)
+    return scale if isinstance(scale, (int, float, Tensor)) else 1.0
 
 
 @fast_path(LowRank, "conv1d", "conv2d", "conv3d")

@@ -10,14 +10,9 @@ from torch import Tensor, nn
 from inlay.core.affine import Affine, Site
 from inlay.core.kind import Kind
 from inlay.errors import MergeError
+from inlay.kernels.table import embed_scale
 
-__all__ = ["Embedding", "embed_scale"]
-
-
-def embed_scale(module: Any) -> float | Tensor:
-    """Return the factor that a scaled embedding (Gemma, Bart) multiplies into its output."""
-    scale = getattr(module, "embed_scale", 1.0)
-    return scale if isinstance(scale, (int, float, Tensor)) else 1.0
+__all__ = ["Embedding"]
 
 
 class Embedding(Kind):

@@ -28,6 +28,8 @@ class DoRA(LoRA):
     def refuse(self, site: Site) -> str | None:
         if site.groups > 1:
             return "DoRA's norm is taken of W + BA, which a grouped convolution cannot hold, because BA crosses groups"
+        if site.fan_in == 1:
+            return "DoRA trains the direction of every output row, and a row that is a single number has none"
         return super().refuse(site)
 
     def slots(self, site: Site) -> dict[str, Slot]:
