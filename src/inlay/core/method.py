@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from inlay.config.defaults import default_targets
 from inlay.core.affine import Affine, Delta, Site
 from inlay.core.patterns import pattern_value
 from inlay.core.slot import Slot
+from inlay.errors import TargetError
 
 if TYPE_CHECKING:
     from inlay.core.inner import Inner
@@ -131,9 +133,42 @@ class Method:
         """Return the tensors that all sites share; they live at the model's root, once per adapter."""
         return {}
 
+    def note(self, site: Site) -> str | None:
+        """Return one sentence on what is done otherwise than the config says at a site, or None; it warns."""
+        return None
+
+    def conflict(self, site: Site, below: Method) -> str | None:
+        """Return one sentence that says why this cannot be active above another method on a layer, or None."""
+        return None
+
+    def implied(self, model: nn.Module, model_type: str | None) -> dict[str, Any]:
+        """Return the config fields that were left to the model, with the values that the model gives them.
+
+        Raises:
+            TargetError: the model gives none.
+        """
+        config = self.config
+        if config.target_modules is not None or any(
+            getattr(config, other, None) for other in ("target_parameters", "trainable_token_indices")
+        ):
+            return {}
+        targets = default_targets(config.peft_type.value, model_type) if model_type else None
+        if targets is None:
+            family = f"the model family {model_type!r} has no default" if model_type else "the model names no family"
+            raise TargetError(
+                f"target_modules is not set and {family} (config.model_type); set target_modules, for instance to "
+                "'all-linear'"
+            )
+        return {"target_modules": targets if isinstance(targets, str) else set(targets)}
+
     def prepare(self, site: Site, p: P, layer: Affine) -> Affine | None:
         """Set initial values that depend on the base weight; may return a new base."""
         return None
+
+    @property
+    def skip_probability(self) -> float:
+        """Chance that a training forward leaves the adapter out of a layer altogether."""
+        return float(getattr(self.config, "module_dropout", 0.0) or 0.0)
 
     @property
     def needs_base(self) -> bool:

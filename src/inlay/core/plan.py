@@ -171,6 +171,9 @@ def plan(
     method = method_class(config.peft_type).variant(config)(copy.deepcopy(config))
     method.prefix_patterns = policy.prefix_patterns
     made = Plan(model, adapter_name, config, method, policy, state, autocast_adapter_dtype)
+    for field_name, value in method.implied(model, _model_type(model)).items():
+        made.resolved[field_name] = value
+        setattr(method.config, field_name, copy.deepcopy(value))
     everything = places(model)
     chosen = _choose(made, everything)
     for place, pattern in chosen:
@@ -201,12 +204,26 @@ def place_method(made: Plan, place: Place, pattern: str, method: Method) -> Plac
             "adapted (supported: linear, convolution, embedding, norm and attention layers); name the layers inside it"
         )
     site = kind.site(place.path, base)
-    reason = method.refuse(site) or _unreadable(made, place)
+    reason = method.refuse(site) or _undroppable(kind, method) or _unreadable(made, place)
     if reason is not None:
         raise UnsupportedError(f"{method.config.peft_type.value} on {place.path!r} ({type(base).__name__}): {reason}")
+    note = method.note(site)
+    if note is not None:
+        warnings.warn(f"{place.path!r}: {note}", InlayWarning, stacklevel=4)
     weight = getattr(base, kind.weight_name)
     dtype = adapter_dtype(storage.floating_dtype(base, kind.weight_name), made.autocast)
     return Placement(place, site, kind, method.slots(site), pattern, method.options(site), method, dtype, weight.device)
+
+
+def _undroppable(kind: Kind, method: Method) -> str | None:
+    """Dropout belongs to a forward pass; where only the weight is rewritten there is none to drop from."""
+    if kind.activation:
+        return None
+    for name in (method.dropout_field, "module_dropout", "rank_dropout"):
+        value = getattr(method.config, name, None) if name is not None else None
+        if value:
+            return f"{name}={value} acts on a forward pass, and here the layer only gets another weight; set it to 0"
+    return None
 
 
 def _unreadable(made: Plan, place: Place) -> str | None:
@@ -220,12 +237,10 @@ def _unreadable(made: Plan, place: Place) -> str | None:
 
 def _choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
     """Return the places that target_modules means, with the pattern that chose each."""
-    config = made.config
+    config = made.method.config
     targets = config.target_modules
-    if targets is None:
-        targets = _default_targets(made)
-        if targets is None:
-            return []
+    if targets is None:  # the config asks for something else than modules
+        return []
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         paths = linear_paths(made.model, everything, config.task_type)
         made.resolved["target_modules"] = set(shortened(paths, (place.path for place in everything)))
@@ -267,25 +282,10 @@ def _choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
     return chosen
 
 
-def _default_targets(made: Plan) -> Any:
-    """Return the model family's default targets, recording them for the saved config."""
-    from inlay.config.defaults import default_targets
-
-    config = made.config
-    if getattr(config, "target_parameters", None) or getattr(config, "trainable_token_indices", None):
-        return None
-    model_config = getattr(made.model, "config", None)
-    model_type = (
-        model_config.get("model_type") if isinstance(model_config, dict) else getattr(model_config, "model_type", None)
-    )
-    targets = default_targets(config.peft_type.value, model_type) if model_type else None
-    if targets is None:
-        family = (
-            f"the model family {model_type!r} has no default" if model_type else "the model has no config.model_type"
-        )
-        raise TargetError(f"target_modules is not set and {family}; set target_modules, for instance to 'all-linear'")
-    made.resolved["target_modules"] = targets if isinstance(targets, str) else set(targets)
-    return targets
+def _model_type(model: nn.Module) -> str | None:
+    """Return the model family's name, ``config.model_type`` of transformers."""
+    config = getattr(model, "config", None)
+    return config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
 
 
 def _unmatched(made: Plan, what: str, patterns: Iterable[str], everything: list[Place]) -> None:
@@ -358,7 +358,7 @@ def _plan_biases(made: Plan) -> None:
 
 def _check_patterns(made: Plan) -> None:
     """Judge what matched nothing, by the policy."""
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in ("rank_pattern", "alpha_pattern", "n_frequency_pattern"):
         for key in getattr(made.config, name, None) or {}:
             if not any(pattern_key([key], p.site.name, made.policy.prefix_patterns) for p in made.placements):
                 made.unmatched[f"{name}: {key}"] = nearest(key, [p.site.name for p in made.placements])
