@@ -16,7 +16,7 @@ from torch import Tensor
 from inlay.core.slot import Init, Slot, zeros
 from inlay.errors import UnsupportedError
 
-__all__ = ["Affine", "Delta", "Dense", "LowRank", "Site"]
+__all__ = ["Affine", "Columns", "Delta", "Dense", "Hadamard", "LowRank", "Site"]
 
 
 class Affine:
@@ -58,6 +58,8 @@ class Site:
         bias: whether the layer has a bias.
         transposed: the weight is stored as (in, out).
         parameter: the parameter's name where the site is a bare parameter; such a site knows ``rewrite`` only.
+        patterns: the path that rank and alpha patterns are held against, where that is not ``name``.
+        axes: the stored shape of a norm's weight.
     """
 
     name: str
@@ -72,6 +74,13 @@ class Site:
     bias: bool = False
     transposed: bool = False
     parameter: str | None = None
+    patterns: str | None = None
+    axes: tuple[int, ...] = ()
+
+    @property
+    def owner(self) -> str:
+        """Dotted path of the module that holds the site's tensors."""
+        return self.name if self.parameter is None else self.name.rpartition(".")[0]
 
     @property
     def fan_in(self) -> int:
@@ -82,6 +91,27 @@ class Site:
     def all_channels(self) -> int:
         """Input channels over all groups."""
         return self.channels * self.groups
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape in which the layer itself holds its weight."""
+        if self.elementwise:
+            return self.axes or (self.out,)
+        if self.transposed or self.lookup:
+            return (*self.experts, self.channels, self.out)
+        return (*self.experts, self.out, self.channels, *self.kernel)
+
+    def from_stored(self, tensor: Tensor) -> Tensor:
+        """Turn a tensor of the stored shape into (*experts, out, fan_in), as a view."""
+        if self.elementwise:
+            return tensor.reshape(-1, 1)
+        return tensor.mT if self.transposed or self.lookup else self.matrix(tensor)
+
+    def to_stored(self, weight: Tensor) -> Tensor:
+        """The inverse of :meth:`from_stored`."""
+        if self.transposed or self.lookup:
+            return weight.mT
+        return weight.reshape(self.stored_shape)
 
     def shape(self, dims: str, **sizes: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """Resolve dims such as ``"r in *kernel"`` to a shape and one name per axis.
@@ -184,3 +214,40 @@ class LowRank(Delta):
             )
         A = self.A.to(self.B.dtype) if self.A.dtype != self.B.dtype else self.A
         return torch.matmul(self.B, A) * self.scale
+
+
+class Hadamard(Delta):
+    """The elementwise product of two low-rank updates, ``(A1 B1) * (A2 B2)``.
+
+    Args:
+        A1, A2: (*experts, out, r).
+        B1, B2: (*experts, r, fan_in).
+    """
+
+    def __init__(self, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> None:
+        self.factors = ((A1, B1), (A2, B2))
+        self.scale = 1.0
+
+    def dense(self) -> Tensor:
+        first, second = (torch.matmul(A, B) for A, B in self.factors)
+        return first * second * self.scale
+
+
+class Columns(Delta):
+    """An update of a few columns.
+
+    Args:
+        index: (n,) which columns, each once.
+        values: (n, out) what is added to them.
+        fan_in: columns of the whole weight.
+    """
+
+    def __init__(self, index: Tensor, values: Tensor, fan_in: int) -> None:
+        self.index = index
+        self.values = values
+        self.fan_in = fan_in
+        self.scale = 1.0
+
+    def dense(self) -> Tensor:
+        columns = self.values.mT * self.scale
+        return columns.new_zeros(columns.shape[0], self.fan_in).index_copy(1, self.index, columns)

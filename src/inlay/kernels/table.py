@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.affine import Affine, Delta, LowRank, Site
+from inlay.core.affine import Affine, Columns, Delta, Hadamard, LowRank, Site
 from inlay.core.dtype import product_dtype
 from inlay.core.kind import Kind
 
@@ -89,6 +89,32 @@ def _embedding(module: Any, site: Site, x: Tensor, delta: Delta) -> Tensor:
         sparse=False,
     )
     return torch.nn.functional.linear(rows, delta.B) * embed_scale(module)
+
+
+@fast_path(Hadamard, "embedding")
+def _embedding_product(module: Any, site: Site, x: Tensor, delta: Delta) -> Tensor:
+    """A row of a product is the product of rows, so only the rows that are asked for are made."""
+    assert isinstance(delta, Hadamard)
+    first, second = (
+        torch.nn.functional.linear(
+            torch.nn.functional.embedding(
+                x, B.t(), padding_idx=module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq
+            ),
+            A,
+        )
+        for A, B in delta.factors
+    )
+    return first * second * embed_scale(module)
+
+
+@fast_path(Columns, "embedding")
+def _embedding_rows(module: Any, site: Site, x: Tensor, delta: Delta) -> Tensor:
+    """Inputs that are none of the updated rows get zeros."""
+    assert isinstance(delta, Columns)
+    index, order = delta.index.sort()
+    place = torch.searchsorted(index, x).clamp_max(index.numel() - 1)
+    rows = torch.nn.functional.embedding(order[place], delta.values)
+    return rows * (index[place] == x).unsqueeze(-1) * embed_scale(module)
 
 
 def embed_scale(module: nn.Module) -> float | Tensor:

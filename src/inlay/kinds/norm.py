@@ -43,7 +43,13 @@ class Norm(Kind):
         if weight is None:
             raise UnsupportedError(f"{name!r} ({type(module).__name__}) has no weight, so there is nothing to adapt")
         return Site(
-            name, self.name, weight.numel(), 1, elementwise=True, bias=module._parameters.get("bias") is not None
+            name,
+            self.name,
+            weight.numel(),
+            1,
+            elementwise=True,
+            bias=module._parameters.get("bias") is not None,
+            axes=tuple(weight.shape),
         )
 
     def to_matrix(self, site: Site, stored: Tensor) -> Tensor:
@@ -51,6 +57,9 @@ class Norm(Kind):
 
     def from_matrix(self, site: Site, weight: Tensor) -> Tensor:
         return weight.reshape(-1)
+
+    def stored_dims(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def read(self, module: Any, site: Site) -> Affine:
         affine = super().read(module, site)
