@@ -6,35 +6,20 @@ import json
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from cli_process import command, environment
 
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-SOURCE = Path(__file__).parents[2] / "src"
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported by a test
 WORDS = {
     "sea": ["wave", "salt", "tide", "fish", "boat", "sail", "deep", "harbour", "shell", "whale"],
     "sky": ["cloud", "wind", "star", "moon", "bird", "wing", "storm", "light", "high", "rain"],
     "town": ["street", "house", "door", "bread", "market", "clock", "bridge", "lamp", "crowd", "tower"],
 }
-
-
-def environment() -> dict[str, str]:
-    paths = [str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "200",
-    }
-
-
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "inlay", *map(str, words)]
 
 
 @pytest.fixture

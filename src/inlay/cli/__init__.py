@@ -38,12 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     try:
-        from inlay.cli.application import run
+        from inlay.cli.application import load, run
+
+        commands = load()
     except ImportError as error:
         if error.name is None or error.name.partition(".")[0] == "inlay":
             raise
         raise MissingExtraError(f"{error.name} is not installed: pip install 'inlay[train]'") from error
-    return run(words)
+    return run(words, commands)
 
 
 def _complain(text: str) -> None:

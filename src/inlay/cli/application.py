@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -10,9 +11,14 @@ import typer
 from inlay.cli import COMMANDS
 
 
-def run(words: list[str]) -> int:
+def load() -> dict[str, ModuleType]:
+    """Import every command's file; ImportError names a part of the extra that is not installed."""
+    return {command: import_module(place) for command, place in COMMANDS.items()}
+
+
+def run(words: list[str], commands: dict[str, ModuleType]) -> int:
     """Parse ``words`` and run the command; typer's own usage errors return 2."""
-    name = next((word for word in words if not word.startswith("-")), None)
+    name = next((word for word in words if not word.startswith("-")), "")
     application = typer.Typer(
         name="inlay",
         help="Adapters for pretrained models: train, look at, merge and try them.",
@@ -21,12 +27,9 @@ def run(words: list[str]) -> int:
         pretty_exceptions_enable=False,
     )
     application.callback()(_options)
-    lists: tuple[str, ...] = ()
-    for command, place in COMMANDS.items():
-        module = import_module(place)
+    for command, module in commands.items():
         application.command(command)(module.command)
-        if command == name:
-            lists = getattr(module, "LISTS", ())
+    lists = getattr(commands.get(name), "LISTS", ())
     try:
         application(spread(words, lists), prog_name="inlay")
     except SystemExit as stop:

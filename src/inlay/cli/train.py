@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import types
 import typing
 from pathlib import Path
@@ -52,7 +53,8 @@ def _train(config: Path | None, resume: bool, quiet: bool, plain: bool, **flags:
     from inlay.training.display import choose
     from inlay.training.run import train
 
-    display = choose(quiet, plain)
+    # under torchrun every process runs this; one of them speaks
+    display = choose(quiet or os.environ.get("RANK", "0") != "0", plain)
     outcome = train(settings, display, resume=resume)
     for name, value in outcome.last.items():
         if name.startswith("eval_"):
