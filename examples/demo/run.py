@@ -82,6 +82,7 @@ def tell(out: Path, steps: int) -> int:
         max_length=LENGTH,
         eval_steps=max(steps // 3, 1),
         save_steps=max(steps // 2, 1),
+        cpu=True,
     )
     outcome = train(config, choose(quiet=False, plain=False))
     labels = outcome.facts["labels"]

@@ -149,7 +149,7 @@ def test_resume_refuses_another_run(whole_run, shelf, capsys):
     assert "has changed since the run began" in capsys.readouterr().err
 
 
-def test_classify_and_predict(shelf, sentences, inlay, tmp_path):
+def test_classify_and_predict(shelf, sentences, inlay, tmp_path, capsys):
     """The accuracy that training reports is the share that ``inlay predict`` gets right, and beats the majority."""
     lines = (shelf / "rows.jsonl").read_text().splitlines()
     (tmp_path / "learn.jsonl").write_text("\n".join(lines[60:]))
@@ -173,6 +173,14 @@ def test_classify_and_predict(shelf, sentences, inlay, tmp_path):
     right = sum(answer["label"] == answer["truth"] for answer in answers) / 60
     assert last["eval_accuracy"] == pytest.approx(right)
     assert last["eval_accuracy"] > last["eval_majority"] + 0.2
+
+    from inlay.cli import main
+
+    (folder / "labels.json").unlink()  # as an adapter trained elsewhere: the head's rows still give the number
+    assert main(["predict", "--adapter", str(folder), "--text", answers[0]["text"]]) == 0
+    anonymous = json.loads(capsys.readouterr().out)
+    assert ["sea", "sky", "town"][int(anonymous["label"])] == answers[0]["label"]
+    assert anonymous["probability"] == pytest.approx(answers[0]["probability"], abs=1e-3)
 
 
 def test_two_processes_train_one_adapter(shelf, tmp_path):

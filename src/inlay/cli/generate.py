@@ -19,14 +19,16 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Seed for a temperature above 0")] = 0,
 ) -> None:
     """Print each prompt with its continuation by the adapted model."""
-    from inlay.training.pretrained import load_adapted, transformers_library
+    from inlay.training.pretrained import accelerator_device, load_adapted, transformers_library
     from inlay.training.tasks.causal_lm import CausalLM
 
     adapted, tokenizer, _ = load_adapted(adapter, model, wanted=CausalLM)
+    device = accelerator_device()
+    adapted.to(device)
     transformers_library().set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     for text in prompt:
-        batch = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        batch = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(device)
         produced = adapted.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

@@ -13,8 +13,9 @@ import torch
 
 from inlay.core.patterns import pattern_value
 from inlay.errors import CheckpointError, CheckpointMissingError
+from inlay.training.pretrained import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = (WEIGHTS_FILE, "adapter_model.bin")
 PREFIXES = ("base_model.model.", "base_model.")  # the second before tensors that the whole model shares
 # what a tensor is called below the module it adapts; peft_type in lower case followed by "_" covers later methods
 STEMS = ("lora", "ia3", "hada", "lokr", "oft", "vera", "fourierft", "ln_tuning", "trainable_tokens")
@@ -121,8 +122,6 @@ def _weights_file(path: Path) -> Path:
 
 
 def _config_beside(file: Path) -> dict[str, Any]:
-    from inlay.training.pretrained import CONFIG_FILE, read_adapter_config
-
     return read_adapter_config(file.parent) if (file.parent / CONFIG_FILE).is_file() else {}
 
 

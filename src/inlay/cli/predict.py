@@ -29,13 +29,14 @@ def command(
 
     The share of right answers goes to stderr when true labels are known.
     """
-    from inlay.training.pretrained import load_adapted
+    from inlay.training.pretrained import accelerator_device, load_adapted
     from inlay.training.tasks.classify import Classify
 
     if bool(text) == bool(data):
         raise ConfigError("give either --text or --data")
     examples = [(entry, None) for entry in text] if text else _read(data or [], text_field, label_field)
     adapted, tokenizer, labels = load_adapted(adapter, model, wanted=Classify)
+    adapted.to(accelerator_device())
     names = labels or [str(index) for index in range(adapted.config.num_labels)]
     length = min(max_length, tokenizer.model_max_length)
     right = known = 0
@@ -59,9 +60,10 @@ def class_scores(model: Any, tokenizer: Any, texts: list[str], length: int) -> A
     import torch
 
     batch = tokenizer(texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
+    batch = batch.to(next(model.parameters()).device)
     with torch.no_grad():
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    return output.logits.float()
+    return output.logits.float().cpu()
 
 
 def _read(paths: list[str], text_field: str, label_field: str) -> list[tuple[str, str | None]]:

@@ -10,10 +10,13 @@ from typing import Any
 
 from inlay.errors import CheckpointError, CheckpointMissingError, ConfigError, MissingExtraError, UnsupportedError
 from inlay.training.tasks import Task, task_for_type
-from inlay.training.tasks.classify import head_options
+from inlay.training.tasks.classify import Classify, head_options
 
 LABELS_FILE = "labels.json"
 CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+# how transformers calls the layer whose rows are the classes
+HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight", ".classification_head.out_proj.weight")
 
 
 def transformers_library() -> Any:
@@ -147,12 +150,37 @@ def load_adapted(
     tokenizer = load_tokenizer(source)
     labels = read_labels(adapter)
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    outputs = _head_outputs(adapter) if labels is None and task is Classify else None
     if labels is not None:
         options.update(head_options(labels))
+    elif outputs is not None:
+        options["num_labels"] = outputs
     base = load_base(source, task.auto_class, tokenizer, **options)
     adapted = inlay.PeftModel.from_pretrained(base, str(adapter))
     adapted.eval()
     return adapted, tokenizer, labels
+
+
+def _head_outputs(folder: Path) -> int | None:
+    """Return the number of classes of an adapter without names for them: the rows of the last layer it saved whole."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            heads = [name for name in file.keys() if name.endswith(HEADS)]  # noqa: SIM118 (no mapping)
+            return file.get_slice(heads[-1]).get_shape()[0] if heads else None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+def accelerator_device() -> Any:
+    """Return the device to try an adapter on: the accelerator if there is one."""
+    import torch
+
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def length_limit(model_config: Any, tokenizer: Any) -> int | None:

@@ -15,7 +15,14 @@ from inlay.training import output
 from inlay.training.display import Display
 from inlay.training.formats import Layout, Row, check_files, read_rows
 from inlay.training.methods import build_config, method_choice
-from inlay.training.pretrained import LABELS_FILE, length_limit, load_base, load_tokenizer, transformers_library
+from inlay.training.pretrained import (
+    LABELS_FILE,
+    WEIGHTS_FILE,
+    length_limit,
+    load_base,
+    load_tokenizer,
+    transformers_library,
+)
 from inlay.training.settings import RunConfig
 from inlay.training.tasks import Encoded, Task, task_class
 
@@ -115,7 +122,7 @@ def train(config: RunConfig, display: Display, resume: bool = False) -> Outcome:
     trainer.save_model(str(folder))
     outcome = _describe(prepared, folder, trainer.state.global_step)
     if first_process:
-        outcome.adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
+        outcome.adapter_bytes = (folder / WEIGHTS_FILE).stat().st_size
         labels = prepared.task.labels()
         if labels is not None:
             output.write_json(folder / LABELS_FILE, {"labels": labels})

@@ -20,6 +20,7 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallba
 
 import inlay
 from inlay.errors import CheckpointMismatchError
+from inlay.training.pretrained import WEIGHTS_FILE
 from inlay.training.settings import RunConfig
 from inlay.training.tasks import Example, Task
 
@@ -188,7 +189,7 @@ class AdapterTrainer(Trainer):
         from safetensors.torch import load_file
 
         unwrapped = self.accelerator.unwrap_model(model if model is not None else self.model)
-        state = load_file(os.path.join(resume_from_checkpoint, "adapter_model.safetensors"))
+        state = load_file(os.path.join(resume_from_checkpoint, WEIGHTS_FILE))
         result = inlay.set_peft_model_state_dict(unwrapped, state)
         if result.unexpected_keys:
             raise CheckpointMismatchError(
