@@ -33,6 +33,10 @@ class Affine:
         self.weight = weight
         self.bias = bias
 
+    def to(self, dtype: torch.dtype) -> Affine:
+        """Return the map in another dtype."""
+        return Affine(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
     def add(self, delta: Delta) -> Affine:
         """Return this map plus an update, in the wider dtype of the two."""
         bias = self.bias
@@ -100,6 +104,14 @@ class Site:
         if self.transposed or self.lookup:
             return (*self.experts, self.channels, self.out)
         return (*self.experts, self.out, self.channels, *self.kernel)
+
+    @property
+    def stored_dims(self) -> tuple[str, ...]:
+        """A name for each axis of ``stored_shape``: ``experts``, ``out``, ``in``, ``kernel``."""
+        if self.elementwise:
+            return ("out",) * len(self.stored_shape)
+        axes = ("in", "out") if self.transposed or self.lookup else ("out", "in")
+        return ("experts",) * len(self.experts) + axes + ("kernel",) * len(self.kernel)
 
     def from_stored(self, tensor: Tensor) -> Tensor:
         """Turn a tensor of the stored shape into (*experts, out, fan_in), as a view."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from inlay.core.affine import Affine, Delta
+from inlay.core.dtype import product_dtype
 from inlay.kernels.table import apply_delta
+from inlay.parallel.tensors import cut
 
 if TYPE_CHECKING:
     from inlay.core.layer import AdaptedLayer, Entry
@@ -54,6 +57,14 @@ class Inner:
         """Return the update's share of the output for input ``x``."""
         layer = self.layer
         return apply_delta(layer.kind, layer.leaf_layer, layer.site, x, delta, layer.state.policy.compute)
+
+    def product_dtype(self, x: Tensor, adapter: torch.dtype) -> torch.dtype:
+        """Return the dtype in which products of ``x`` with an adapter's tensors run."""
+        return product_dtype(x, adapter, self.layer.state.policy.compute)
+
+    def blocks(self, x: Tensor, size: int) -> Tensor:
+        """Return features (..., n) as blocks (..., n / size, size), none of them spread over two processes."""
+        return cut(x, size)
 
     def affine(self) -> Affine:
         """Return the map of what is below, in weight space."""

@@ -39,10 +39,10 @@ class FourierFTConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
     peft_type = PeftType.FOURIERFT
 
     n_frequency: int = setting(
-        1000, doc="Trained frequencies of each layer's update.", gt=0, parameters="that many a layer"
+        default=1000, doc="Trained frequencies of each layer's update.", gt=0, parameters="that many a layer"
     )
-    scaling: float = setting(150.0, doc="Scale of the update.")
-    random_loc_seed: int | None = setting(777, doc="Seed that the frequencies are drawn from.")
+    scaling: float = setting(default=150.0, doc="Scale of the update.")
+    random_loc_seed: int | None = setting(default=777, doc="Seed that the frequencies are drawn from.")
     bias: str = bias_setting("fourier")
     n_frequency_pattern: dict[str, int] | None = setting(
         doc="Counts that differ from n_frequency: module name, ending or regular expression -> count.",
@@ -51,7 +51,7 @@ class FourierFTConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
         parameters="those modules count with their own number",
     )
     init_weights: bool = setting(
-        False, doc="Start from zeros, which change nothing, instead of a standard normal distribution."
+        default=False, doc="Start from zeros, which change nothing, instead of a standard normal distribution."
     )
 
     def check_fields(self) -> None:

@@ -30,12 +30,14 @@ class IA3Config(TargetFields, FanInFanOutField, PeftConfig):
     peft_type = PeftType.IA3
 
     feedforward_modules: list[str] | set[str] | str | None = setting(
-        None,
+        default=None,
         doc="Which of the target modules scale their input instead of their output: names or endings, or one regular "
         "expression; an empty list for none; without it, the model family's defaults.",
         parameters="those modules count their input features instead of their output features",
     )
-    init_ia3_weights: bool = setting(True, doc="Start from factors of 1, which change nothing, instead of random ones.")
+    init_ia3_weights: bool = setting(
+        default=True, doc="Start from factors of 1, which change nothing, instead of random ones."
+    )
 
     def check_fields(self) -> None:
         owner = type(self).__name__

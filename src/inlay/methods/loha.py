@@ -30,22 +30,27 @@ class LoHaConfig(TargetFields, LayerFields, PatternFields, PeftConfig):
     peft_type = PeftType.LOHA
 
     r: int = setting(
-        8,
+        default=8,
         doc="Rank of each of the two factors; their product has a rank of up to r * r.",
         gt=0,
         parameters="proportional: 2 * r * (in + out) a linear layer",
     )
-    alpha: int | float = setting(8, doc="Numerator of the scale alpha / r.")
+    alpha: int | float = setting(default=8, doc="Numerator of the scale alpha / r.")
     rank_dropout: float = setting(
-        0.0, doc="Chance that a training forward leaves out a row of the update; the others grow in turn.", ge=0, lt=1
+        default=0.0,
+        doc="Chance that a training forward leaves out a row of the update; the others grow in turn.",
+        ge=0,
+        lt=1,
     )
-    module_dropout: float = setting(0.0, doc="Chance that a training forward leaves out a layer's update.", ge=0, lt=1)
+    module_dropout: float = setting(
+        default=0.0, doc="Chance that a training forward leaves out a layer's update.", ge=0, lt=1
+    )
     use_effective_conv2d: bool = setting(
-        False,
+        default=False,
         doc="Give kernels larger than 1 a tensor of their own (Tucker form) instead of flattening them.",
         parameters="a convolution has 2 * r * (r * kernel + in + out)",
     )
-    init_weights: bool = setting(True, doc="Start from no change; otherwise every factor is random.")
+    init_weights: bool = setting(default=True, doc="Start from no change; otherwise every factor is random.")
 
 
 @register_method

@@ -1,0 +1,253 @@
+"""OFT: rotate what a layer reads, block by block (Qiu et al. 2023, arXiv:2306.07280; OFTv2: 2025, arXiv:2506.19847)."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from inlay.config import (
+    FanInFanOutField,
+    LayerFields,
+    PeftConfig,
+    PeftType,
+    TargetFields,
+    bias_setting,
+    setting,
+    settings,
+)
+from inlay.core.affine import Affine, Site
+from inlay.core.method import Method, P
+from inlay.core.registry import register_method
+from inlay.core.slot import Normal, Slot, zeros
+from inlay.errors import CheckpointError, ConfigError, InlayWarning
+
+if TYPE_CHECKING:
+    from inlay.core.inner import Inner
+
+__all__ = ["OFT", "OFTConfig"]
+
+
+@settings(
+    positional="r oft_block_size module_dropout target_modules fan_in_fan_out bias exclude_modules init_weights "
+    "layers_to_transform layers_pattern modules_to_save coft eps block_share use_cayley_neumann "
+    "num_cayley_neumann_terms"
+)
+class OFTConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
+    """Configuration of OFT. One of ``r`` and ``oft_block_size`` is given: their product is the number of inputs."""
+
+    peft_type = PeftType.OFT
+
+    r: int = setting(default=0, doc="Number of blocks, or 0.", ge=0, parameters="in * (in / r - 1) / 2 a layer")
+    oft_block_size: int = setting(
+        default=32, doc="Input features in a block, or 0.", ge=0, parameters="in * (block - 1) / 2 a layer"
+    )
+    module_dropout: float = setting(
+        default=0.0, doc="Chance that a training forward leaves a block of features as it is.", ge=0.0, lt=1.0
+    )
+    bias: str = bias_setting("oft")
+    init_weights: bool = setting(default=True, doc="Start from the identity; otherwise from small random rotations.")
+    coft: bool = setting(default=False, doc="Keep the rotations near the identity (constrained OFT).")
+    eps: float = setting(default=6e-5, doc="How far from it, with coft.", gt=0)
+    block_share: bool = setting(
+        default=False, doc="One rotation for all blocks of a layer.", parameters="divided by the number of blocks"
+    )
+    use_cayley_neumann: bool = setting(
+        default=True,
+        doc="A short series in place of the inverse: faster, and almost a rotation while the angles are small.",
+    )
+    num_cayley_neumann_terms: int = setting(default=5, doc="Terms of the series; one would be the identity.", gt=1)
+
+    def check_fields(self) -> None:
+        if (self.r == 0) == (self.oft_block_size == 0):
+            raise ConfigError(
+                f"{type(self).__name__}: expected one of r and oft_block_size, the other 0, found r={self.r} and "
+                f"oft_block_size={self.oft_block_size}."
+            )
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        if "oft_block_size" not in kwargs:
+            raise CheckpointError(
+                "this OFT adapter has no oft_block_size: it was trained with PEFT before 0.14, whose rotations were "
+                "stored in another form that cannot be read"
+            )
+        version = re.match(r"(\d+)\.(\d+)", str(kwargs.get("peft_version") or "0.0"))
+        if kwargs.get("use_cayley_neumann") and version and tuple(map(int, version.groups())) < (0, 18):
+            warnings.warn(
+                "this OFT adapter was trained with PEFT before 0.18, whose Cayley-Neumann series ended differently: "
+                "its rotations come out slightly changed",
+                InlayWarning,
+                stacklevel=4,
+            )
+        return super().check_kwargs(**kwargs)
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """Fill with what makes a skew-symmetric matrix, row by row, of the entries above its diagonal.
+
+    Attributes:
+        size: rows of the matrix.
+        signs: fill with 1 above the diagonal, -1 below and 0 on it; otherwise with the entry to take.
+    """
+
+    size: int
+    signs: bool
+
+    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
+        rows, columns = torch.triu_indices(self.size, self.size, 1)
+        square = torch.zeros(self.size, self.size, dtype=tensor.dtype)
+        square[rows, columns] = 1 if self.signs else torch.arange(rows.numel(), dtype=tensor.dtype)
+        tensor.copy_((square - square.t() if self.signs else square + square.t()).flatten())
+
+
+def nearest_divisor(number: int, wish: int) -> int:
+    """Return the divisor of ``number`` closest to ``wish``, the smaller of two."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda divisor: (abs(divisor - wish), divisor))
+
+
+@register_method
+class OFT(Method):
+    """``W R^T`` with R block-diagonal and orthogonal, so that ``x`` is read as ``x R``; an embedding's rows are turned.
+
+    R comes from skew-symmetric Q: ``(I - Q)(I + Q)^-1`` (Cayley), or ``I + 2Q + 2Q^2 + ... + Q^k`` (Cayley-Neumann).
+    """
+
+    config_class = OFTConfig
+    prefix = "oft_"
+    mixed = True
+    config: OFTConfig
+
+    @property
+    def identity(self) -> bool:
+        return self.config.init_weights
+
+    @property
+    def skip_probability(self) -> float:
+        return 0.0  # module_dropout leaves out blocks here
+
+    @staticmethod
+    def features(site: Site) -> int:
+        """Length of the vectors that are rotated: a row of an embedding, a patch under a convolution's kernel."""
+        return site.out if site.lookup else site.all_channels * math.prod(site.kernel)
+
+    def options(self, site: Site) -> dict[str, Any]:
+        features, config = self.features(site), self.config
+        if config.oft_block_size:
+            block = nearest_divisor(features, config.oft_block_size)
+            return {"r": features // block, "oft_block_size": block}
+        r = nearest_divisor(features, config.r)
+        return {"r": r, "oft_block_size": features // r}
+
+    def note(self, site: Site) -> str | None:
+        found = self.options(site)
+        for name in ("r", "oft_block_size"):
+            wish = getattr(self.config, name)
+            if wish and wish != found[name]:
+                return f"{name}={wish} does not divide its {self.features(site)} features; {found[name]} is taken"
+        return None
+
+    def refuse(self, site: Site) -> str | None:
+        block = self.options(site)["oft_block_size"]
+        if block == 1:
+            return f"blocks of one feature (of {self.features(site)}) cannot be rotated"
+        if site.fan_in % block and site.groups > 1:
+            return (
+                f"a block of {block} features reaches across the groups of the convolution, whose weight cannot hold "
+                f"that; take an oft_block_size that divides {site.fan_in}"
+            )
+        return None
+
+    def slots(self, site: Site) -> dict[str, Slot]:
+        found = self.options(site)
+        block = found["oft_block_size"]
+        blocks = 1 if self.config.block_share else found["r"]
+        name = "oft_embedding_R" if site.lookup else "oft_R"
+        fixed: dict[str, Any] = {"buffer": True, "saved": False, "trainable": False}
+        init = zeros if self.config.init_weights else Normal(0.1)
+        sizes = {"blocks": blocks, "n": block * (block - 1) // 2, "square": block * block}
+        return {
+            "entries": site.slot(f"{name}.*.weight", "*experts blocks n", init, **sizes),
+            "index": site.slot(
+                f"{name}.*.index", "square", Triangle(block, False), options={**fixed, "dtype": torch.int64}, **sizes
+            ),
+            "signs": site.slot(f"{name}.*.signs", "square", Triangle(block, True), options=fixed, **sizes),
+        }
+
+    def skew(self, p: P) -> Tensor:
+        """Return Q, (*experts, blocks, b, b)."""
+        entries = p.entries if p.entries.dtype == torch.float64 else p.entries.float()
+        Q = (entries[..., p.index] * p.signs).unflatten(-1, (p.oft_block_size, p.oft_block_size))
+        if self.config.coft:
+            limit = self.config.eps / math.sqrt(Q.shape[-3])
+            with torch.no_grad():
+                norm = torch.linalg.matrix_norm(Q, keepdim=True)
+                shift = torch.where(norm > limit, Q * (limit / norm), Q) - Q
+            Q = Q + shift  # the gradient is that at the projected point, as in projected descent
+        return Q
+
+    def turn(self, p: P) -> Tensor:
+        """Return R - I, (*experts, blocks, b, b)."""
+        Q = self.skew(p)
+        if not self.config.use_cayley_neumann:
+            identity = torch.diag_embed(torch.ones_like(Q[..., 0]))
+            return torch.linalg.solve(identity + Q, -2 * Q, left=False)
+        terms = self.config.num_cayley_neumann_terms
+        if terms == 2:
+            return 2 * Q
+        total, power = 2 * Q, Q
+        for _ in range(4, max(terms, 4)):
+            power = power @ Q
+            total = total + 2 * power
+        power = power @ Q
+        return total + 2 * power + power @ Q
+
+    def blocks(self, p: P) -> Tensor:
+        """Return R - I for every block, with some left out in training."""
+        turn = self.turn(p).expand(*p.entries.shape[:-2], p.r, -1, -1)
+        if p.training and self.config.module_dropout > 0.0 and not self.config.block_share:
+            turn = turn * (torch.rand_like(turn[..., :1, :1]) >= self.config.module_dropout)
+        return turn
+
+    def rewrite(self, site: Site, p: P, layer: Affine, base: Affine) -> Affine:
+        return self.rotated(site, layer, self.turn(p).expand(*site.experts, p.r, -1, -1))
+
+    @staticmethod
+    def rotated(site: Site, layer: Affine, turn: Tensor) -> Affine:
+        """Return ``layer`` with its weight rotated."""
+        weight, b = layer.weight, turn.shape[-1]
+        turn = turn.to(torch.promote_types(weight.dtype, turn.dtype))
+        wide = weight.to(turn.dtype)
+        if site.lookup:
+            change = torch.einsum("rkv,rkc->rcv", wide.unflatten(0, (-1, b)), turn).reshape(weight.shape)
+        else:
+            split = wide.reshape(*site.experts, site.groups, site.out // site.groups, -1, b)
+            by_group = turn.reshape(*site.experts, site.groups, -1, b, b)
+            change = torch.einsum("...ork,...rck->...orc", split, by_group).reshape(weight.shape)
+        return Affine(wide + change, layer.bias)
+
+    def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
+        turn = self.blocks(p)
+        if site.lookup:
+            return self.turned(inner(x), turn, inner)
+        if math.prod(site.kernel) > 1:  # one patch overlaps the next, so only the weight can take the rotation
+            return inner.run(x, self.rotated(site, inner.affine(), turn))
+        if site.kernel:
+            channel = -1 - len(site.kernel)
+            return inner(self.turned(x.movedim(channel, -1), turn, inner).movedim(-1, channel))
+        return inner(self.turned(x, turn, inner))
+
+    @staticmethod
+    def turned(x: Tensor, turn: Tensor, inner: Inner) -> Tensor:
+        """Rotate the last axis of ``x``."""
+        dtype = inner.product_dtype(x, turn.dtype)
+        wide = x.to(dtype)
+        change = torch.einsum("...rk,rkc->...rc", inner.blocks(wide, turn.shape[-1]), turn.to(dtype))
+        return (wide + change.flatten(-2)).to(x.dtype)

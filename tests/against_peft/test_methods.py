@@ -1,0 +1,112 @@
+"""Every method on every layer that PEFT supports: names, shapes, outputs, gradients, merged weights."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from twins import LAYERS, Twins, close
+
+T = {"target_modules": ["layer"]}
+CONVS = ["conv1d", "conv2d", "conv2d_grouped", "conv3d", "conv3d_grouped"]
+
+
+def lora(**fields):
+    return peft.LoraConfig(r=4, lora_alpha=6, **T, **fields)
+
+
+def ia3(feedforward=False, **fields):
+    return peft.IA3Config(**T, feedforward_modules=["layer"] if feedforward else [], **fields)
+
+
+def loha(**fields):
+    return peft.LoHaConfig(r=3, alpha=5, **T, **fields)
+
+
+def oft(r=0, block=4, **fields):
+    return peft.OFTConfig(r=r, oft_block_size=block, **T, **fields)
+
+
+def vera(**fields):
+    return peft.VeraConfig(r=5, projection_prng_key=3, **T, **fields)
+
+
+def fourier(**fields):
+    return peft.FourierFTConfig(n_frequency=20, **T, **fields)
+
+
+def norm():
+    return peft.LNTuningConfig(**T)
+
+
+def tokens(**fields):
+    return peft.TrainableTokensConfig(token_indices=[7, 2, 5], **T, **fields)
+
+
+IA3_LAYERS = ["linear", "linear_nobias", "conv1d_hf", "conv2d", "conv2d_dilated", "conv2d_pointwise", "conv3d"]
+LOHA_LAYERS = ["linear", *CONVS[:3], "conv1d_dilated", "conv2d_dilated", "conv1d_pointwise", "conv2d_pointwise"]
+LN_LAYERS = [
+    *["layernorm", "layernorm_two_axes", "rmsnorm", "groupnorm", "batchnorm", "embedding", "linear", "linear_nobias"],
+    *["conv1d_hf", *CONVS],
+]
+# (name, config, layers)
+TABLE = [
+    ("lora", lora, ["linear", "conv1d_hf", *CONVS, "embedding"]),
+    ("lora_rs", lambda: lora(use_rslora=True), ["linear"]),
+    ("lora_bias", lambda: lora(lora_bias=True), ["linear", "conv2d"]),
+    ("dora", lambda: lora(use_dora=True), ["linear", "conv1d_hf", "conv1d", "conv2d", "conv3d", "embedding"]),
+    ("ia3", ia3, IA3_LAYERS),
+    ("ia3_feedforward", lambda: ia3(True), IA3_LAYERS),
+    ("ia3_random", lambda: ia3(init_ia3_weights=False), ["linear"]),
+    ("loha", loha, LOHA_LAYERS),
+    ("loha_random", lambda: loha(init_weights=False), ["linear"]),
+    ("loha_patterns", lambda: loha(rank_pattern={"layer": 2}, alpha_pattern={"layer": 7}), ["linear"]),
+    ("oft", oft, ["linear", "conv2d_pointwise", "embedding", "embedding_padding"]),
+    ("oft_r", lambda: oft(r=2, block=0), ["linear", "conv2d_pointwise", "embedding"]),
+    ("oft_adjusted", lambda: oft(block=5), ["linear", "wide"]),
+    ("oft_cayley", lambda: oft(use_cayley_neumann=False), ["linear", "embedding"]),
+    *[(f"oft_terms_{n}", lambda n=n: oft(num_cayley_neumann_terms=n), ["linear"]) for n in (2, 3, 4, 6, 8)],
+    ("oft_shared", lambda: oft(block_share=True), ["linear", "conv2d_pointwise", "embedding"]),
+    ("oft_coft", lambda: oft(coft=True, eps=0.4), ["linear"]),
+    ("oft_random", lambda: oft(init_weights=False), ["linear"]),
+    ("vera", vera, ["linear", "linear_nobias", "conv1d_hf"]),
+    ("vera_random", lambda: vera(init_weights=False), ["linear"]),
+    ("fourier", fourier, ["linear", "conv1d_hf"]),
+    ("fourier_zero", lambda: fourier(init_weights=True, random_loc_seed=5), ["linear"]),
+    ("fourier_pattern", lambda: fourier(n_frequency_pattern={"layer": 9}), ["linear"]),
+    ("norm", norm, LN_LAYERS),
+    ("tokens", tokens, ["embedding", "linear_nobias"]),
+    ("tokens_random", lambda: tokens(init_weights=False), ["embedding"]),
+]
+CELLS = [pytest.param(make, layer, id=f"{name}-{layer}") for name, make, layers in TABLE for layer in layers]
+every_cell = pytest.mark.parametrize(("make", "layer"), CELLS)
+
+
+@every_cell
+def test_names_shapes_and_gradient_flags(make, layer):
+    twins = Twins(LAYERS[layer], make())
+    ours = {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in twins.ours.named_parameters()}
+    assert ours == {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in twins.their_parameters().items()}
+
+
+@every_cell
+def test_outputs_and_gradients(make, layer):
+    twins = Twins(LAYERS[layer], make()).equalise()
+    expected, gradients = twins.run(twins.theirs)
+    found, mine = twins.run(twins.ours)
+    close(found, expected)
+    assert mine.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        close(mine[name], gradient)
+
+
+@pytest.mark.parametrize(
+    ("make", "layer"), [cell for cell in CELLS if not (cell.id.startswith("lora") and cell.id.endswith("_grouped"))]
+)
+def test_merged_weights(make, layer):
+    twins = Twins(LAYERS[layer], make()).equalise()
+    theirs, ours = (dict(model.state_dict()) for model in twins.merged())
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        close(ours[name], tensor)
+    assert not torch.equal(ours["layer.weight"], twins.base.layer.weight)
