@@ -1,0 +1,202 @@
+"""Slots to checkpoint keys and back.
+
+Keys are rendered from slots and mounts while walking the live tree, so adapters and modules may have any name. The
+index of all rendered keys is the inverse: a key means the tensor that renders to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.checkpoint.target import KeyIndex, Target
+from inlay.checkpoint.tree import MODEL_PREFIX, ROOT_PREFIX, Node, Tree, persistent_tensors
+from inlay.core.layer import AdaptedLayer, Entry
+from inlay.core.mount import ModuleCopies
+from inlay.core.slot import Slot
+from inlay.errors import CheckpointError
+
+__all__ = ["adapter_slots", "adapter_tensors", "base_target", "key_index"]
+
+
+def adapter_slots(model: nn.Module, adapter: str = "default") -> dict[str, Target]:
+    """Return where every tensor of an adapter's checkpoint goes, by key.
+
+    Raises:
+        StateError: the model has no adapters.
+        UnknownAdapterError: it has no adapter of that name.
+        CheckpointError: two tensors would have one key.
+    """
+    return key_index(Tree(model), adapter).saved()
+
+
+def adapter_tensors(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """Return the tensors of an adapter's checkpoint by key: whole, without gradient, sharing the model's memory.
+
+    Raises:
+        CheckpointError: a tensor is on the meta device, or is a shard that cannot be gathered here.
+    """
+    return {key: target.whole(target.tensor) for key, target in adapter_slots(model, adapter).items()}
+
+
+def key_index(tree: Tree, adapter: str) -> KeyIndex:
+    """Return the index of one adapter's tensors, those that are not saved included."""
+    tree.state.record(adapter)
+    index = KeyIndex(tree.wrapped)
+    for targets in (_slots(tree, adapter), _shared(tree, adapter), _biases(tree, adapter), _copies(tree, adapter)):
+        for target in targets:
+            index.add(target)
+    return index
+
+
+def _slots(tree: Tree, adapter: str) -> Iterator[Target]:
+    adapted = [(node, node.module) for node in tree.nodes if isinstance(node.module, AdaptedLayer)]
+    held = [(node, layer, entry) for node, layer in adapted for entry in layer.entries.get(adapter, ())]
+    # The layer that holds tied tensors names them, so it comes before those that only use them.
+    for node, layer, entry in sorted(held, key=lambda found: found[2].home is not None):
+        yield from _entry_slots(tree, node, layer, entry)
+
+
+def _entry_slots(tree: Tree, node: Node, layer: AdaptedLayer, entry: Entry) -> Iterator[Target]:
+    slots = entry.method.slots(entry.site)
+    home = node if entry.home is None else tree.node(entry.home)
+    if home is None:
+        raise CheckpointError(f"{node.path!r}: the layer that holds the tensors of {entry.name!r} is not in the model")
+    weight = getattr(layer.leaf_layer, layer.kind.weight_name, None)
+    for role, containers, leaf in entry.places:
+        slot = slots[role]
+        mounted = containers[: len(containers) - len(slot.place[0])]  # what a mount puts above the slot's own names
+        holder, attribute = _holder(home.module, entry.name, containers, leaf)
+        above = ".".join((node.path, *mounted)) if node.path else ".".join(mounted)
+        yield _target(
+            slot, f"{MODEL_PREFIX}{above}", f"{home.memory}{'.' if home.memory else ''}", holder, attribute, entry.name,
+            mounted, "slot", None if weight is None else weight.device,
+        )  # fmt: skip
+
+
+def _holder(home: nn.Module, adapter: str, containers: tuple[str, ...], leaf: str) -> tuple[nn.Module, str]:
+    """Return the module that holds the tensor at a slot's place below ``home``, and the tensor's name there."""
+    path, attribute = list(containers), adapter
+    if leaf:
+        *below, attribute = leaf.split(".")
+        path += [adapter, *below]
+    holder: Any = home
+    for part in path:
+        holder = holder._modules[part]
+    return holder, attribute
+
+
+def _target(
+    slot: Slot,
+    above: str,
+    memory: str,
+    holder: nn.Module,
+    attribute: str,
+    adapter: str,
+    mounted: tuple[str, ...],
+    part: str,
+    device: torch.device | None,
+) -> Target:
+    above = above if not above or above.endswith(".") else f"{above}."
+    key = f"{above}{slot.disk_name}"
+    plain = slot.key.replace(".*", "").replace("*.", "")
+    before, _, after = f"{above}{slot.key}".rpartition("*")
+    templates = [_template(before, after)]
+    if plain != slot.disk_name:
+        templates.append(_template(key, ""))
+    return Target(
+        key,
+        holder,
+        attribute,
+        torch.Size(slot.shape),
+        f"{memory}{'.'.join((*mounted, slot.memory_name(adapter)))}",
+        part,
+        slot.saved,
+        (f"{above}{plain}",) if plain != slot.disk_name else (),
+        tuple(templates),
+        device,
+    )
+
+
+def _template(before: str, after: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return tuple(part for part in before.split(".") if part), tuple(part for part in after.split(".") if part)
+
+
+def _shared(tree: Tree, adapter: str) -> Iterator[Target]:
+    """Tensors that all layers share."""
+    for slot in tree.state.records[adapter].shared.values():
+        holder, attribute = _holder(tree.state.shared, adapter, *slot.place)
+        memory = ROOT_PREFIX if tree.wrapped else ""
+        yield _target(slot, ROOT_PREFIX, memory, holder, attribute, adapter, (), "shared", _first_device(tree, adapter))
+
+
+def _first_device(tree: Tree, adapter: str) -> torch.device | None:
+    for layer in tree.state.layers():
+        if isinstance(layer, AdaptedLayer) and adapter in layer.entries:
+            weight = getattr(layer.leaf_layer, layer.kind.weight_name, None)
+            return None if weight is None else weight.device
+    return None
+
+
+def _biases(tree: Tree, adapter: str) -> Iterator[Target]:
+    """Base biases that train with the adapter."""
+    method = tree.state.records[adapter].method
+    mode = method.bias_mode()
+    if mode == "none":
+        return
+    adapted: set[int] = set()
+    for node in tree.nodes:
+        if isinstance(node.module, AdaptedLayer) and any(
+            entry.method is method and entry.site.parameter is None for entry in node.module.entries.get(adapter, ())
+        ):
+            adapted.add(id(node.module.get_base_layer()))
+    for node in tree.nodes:
+        bias = node.module._parameters.get("bias")
+        if bias is not None and (mode == "all" or id(node.module) in adapted):
+            yield base_target(node, "bias", "bias")
+
+
+def base_target(node: Node, attribute: str, part: str) -> Target:
+    """Return the target for a tensor of the base model."""
+    target = Target("", node.module, attribute, torch.Size(()), _dotted(node.memory, attribute), part)
+    target.key = f"{MODEL_PREFIX}{_dotted(node.path, attribute)}"
+    target.shape = target.tensor.shape
+    if node.original != node.path:
+        target.aliases = (f"{MODEL_PREFIX}{_dotted(node.original, attribute)}",)
+    return target
+
+
+def _dotted(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _copies(tree: Tree, adapter: str) -> Iterator[Target]:
+    """Full copies of modules (``modules_to_save``)."""
+    for node in tree.nodes:
+        if not isinstance(node.module, ModuleCopies):
+            continue
+        copy = node.module.modules_to_save._modules.get(adapter)
+        if copy is None:
+            continue
+        original = {
+            name: (owner, attribute) for name, owner, attribute in persistent_tensors(node.module.original_module)
+        }
+        for name, owner, attribute in persistent_tensors(copy):
+            target = Target(
+                f"{MODEL_PREFIX}{_dotted(node.path, name)}",
+                owner,
+                attribute,
+                torch.Size(()),
+                _dotted(node.memory, f"modules_to_save.{adapter}.{name}"),
+                "copy",
+                templates=(_template(f"{MODEL_PREFIX}{_dotted(node.path, 'modules_to_save')}", name),),
+            )
+            target.shape = target.tensor.shape
+            if name in original:
+                held, attribute = original[name]
+                of_base = held._parameters.get(attribute)
+                target.device = None if of_base is None else of_base.device
+            yield target

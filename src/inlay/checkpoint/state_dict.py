@@ -1,0 +1,225 @@
+"""An adapter's tensors as a dict, and back into a model: everything is checked before anything is written."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from inlay.checkpoint.embeddings import embedding_targets, embeddings_to_save
+from inlay.checkpoint.keys import key_index
+from inlay.checkpoint.resolve import Resolution, listed, resolve
+from inlay.checkpoint.target import KeyIndex, Target
+from inlay.checkpoint.tree import TRANSPARENT, Tree
+from inlay.core.layer import AdaptedLayer
+from inlay.errors import CheckpointError, CheckpointMismatchError, InlayWarning, StateError, did_you_mean
+from inlay.parallel.tensors import gather, is_distributed, local_share, rewrap, scatter
+
+__all__ = ["get_peft_model_state_dict", "load_tensors", "set_peft_model_state_dict"]
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """Return one adapter's tensors by the keys of its checkpoint, which do not contain the adapter's name.
+
+    Args:
+        model: a ``PeftModel``, or a model with injected adapters, whose keys have no ``base_model.model.`` before
+            them. Compiled and data-parallel wrappers around it are seen through.
+        state_dict: values to take instead of the model's own, by the names of ``model.state_dict()`` (with or
+            without ``_orig_mod`` and the like), such as a gathered dict from FSDP or accelerate. Not changed.
+        adapter_name: which adapter.
+        unwrap_compiled: accepted for callers of PEFT; a compiled model is always seen through.
+        save_embedding_layers: whether the embeddings' own weights are added; ``"auto"`` when they are adapted, or
+            resized against the base model's config file (looked for on this machine only).
+
+    Returns:
+        Whole tensors without gradient, on their own devices, sharing memory with the model where it holds them whole.
+
+    Raises:
+        StateError: the model has no adapters.
+        UnknownAdapterError: no adapter of that name.
+        CheckpointError: a tensor is on the meta device or a shard that cannot be gathered here, ``state_dict`` lacks
+            one, or two tensors would have one key.
+    """
+    tree = Tree(model)
+    index = key_index(tree, adapter_name)
+    for target in embeddings_to_save(tree, adapter_name, save_embedding_layers):
+        index.add(target)
+    given = None if state_dict is None else _Given(state_dict)
+    return {
+        key: target.whole(target.tensor if given is None else given.value(target))
+        for key, target in index.saved().items()
+    }
+
+
+class _Given:
+    """Values by memory name, whatever wrappers the names went through."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self.values = values
+        self.plain = {_plain(name): value for name, value in values.items()}
+
+    def value(self, target: Target) -> Tensor:
+        for names, name in ((self.values, target.memory), (self.plain, _plain(target.memory))):
+            for candidate in (name, name.removeprefix("base_model.model."), f"base_model.model.{name}"):
+                if candidate in names:
+                    return names[candidate]
+        held = target.tensor
+        # What never trains may be absent: exports of trainable parameters leave it out.
+        if not held.requires_grad and not held.is_meta and held.shape == target.shape:
+            return held
+        raise CheckpointError(
+            f"state_dict: expected {target.memory!r}, found no such name.{did_you_mean(target.memory, self.values)}"
+        )
+
+
+def _plain(name: str) -> str:
+    """Return a memory name without the segments of wrappers (``module`` only in front: it is a common name)."""
+    parts = name.split(".")
+    while parts and parts[0] in TRANSPARENT.values():
+        parts = parts[1:]
+    skipped = set(TRANSPARENT.values()) - {"module"}
+    return ".".join(part for part in parts if part not in skipped)
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """Write a checkpoint's tensors into one adapter, which may have another name than when it was saved.
+
+    Everything is checked first: if this raises, the model is as it was. Values take the device and dtype of the
+    model's tensors.
+
+    Args:
+        model: a ``PeftModel``, or a model with injected adapters.
+        peft_model_state_dict: tensors by key, with or without ``base_model.model.`` before them. Not changed.
+        adapter_name: which adapter.
+        ignore_mismatched_sizes: leave tensors of another shape out, with a warning.
+        low_cpu_mem_usage: accepted for callers of PEFT: tensors on the meta device are always replaced, others
+            always written in place.
+
+    Returns:
+        A named tuple with ``missing_keys`` (names in this model, the adapter's included) and ``unexpected_keys``.
+
+    Raises:
+        CheckpointMismatchError: a shape differs; under the policy ``inlay`` also a missing or unexpected key; under
+            both a missing tensor of ``modules_to_save``, or a missing shared one that the config says was saved.
+        CheckpointError: the file has a retired format.
+        StateError: the model has no adapters, or this one is merged.
+        UnknownAdapterError: no adapter of that name.
+    """
+    return load_tensors(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes=ignore_mismatched_sizes)
+
+
+def load_tensors(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    adapter: str = "default",
+    *,
+    strict: bool | None = None,
+    ignore_mismatched_sizes: bool = False,
+    source: str | None = None,
+) -> Any:
+    """What :func:`set_peft_model_state_dict` does, with a strictness of its own.
+
+    Args:
+        strict: whether missing and unexpected keys raise; by default what the model's policy says.
+        source: the file's name, for messages.
+    """
+    tree = Tree(model)
+    index = key_index(tree, adapter)
+    for node in tree.nodes:
+        if isinstance(node.module, AdaptedLayer) and adapter in node.module.merged_adapters:
+            raise StateError(f"adapter {adapter!r} is merged into {node.original!r}; unmerge it before loading it")
+    where = f"{source}: " if source else ""
+    try:
+        found = resolve(index, tensors, adapter, embedding_targets(tree))
+    except CheckpointError as error:
+        raise type(error)(f"{where}{error}") from None
+    strict = tree.state.policy.strict_load if strict is None else strict
+    _judge(tree, index, found, strict, ignore_mismatched_sizes, where, adapter)
+    staged = [(target, _staged(target, value)) for target, (_, value) in found.found.items()]
+    for target, value in staged:
+        _write(tree, target, value)
+    tree.state.touch()
+    absent = [*found.missing, *found.misshaped]
+    return _IncompatibleKeys([target.memory for target in absent], list(found.unexpected))
+
+
+def _judge(
+    tree: Tree, index: KeyIndex, found: Resolution, strict: bool, ignore_sizes: bool, where: str, adapter: str
+) -> None:
+    """Raise or warn for what does not fit."""
+    left_out = Resolution(misshaped=found.misshaped) if ignore_sizes else Resolution()
+    raised = Resolution(
+        missing=[target for target in found.missing if strict or target.part in ("shared", "copy")],
+        unexpected=found.unexpected if strict else [],
+        misshaped={} if ignore_sizes else found.misshaped,
+    )
+    problem = raised.problem(index)
+    if problem is not None:
+        raise CheckpointMismatchError(f"{where}the checkpoint does not fit adapter {adapter!r}: {problem}")
+    warned = left_out.problem(index)
+    if warned is not None:
+        warnings.warn(f"{where}left out, because ignore_mismatched_sizes is set: {warned}", InlayWarning, stacklevel=4)
+    again = [target for target in index.targets.values() if target.part == "shared" and not target.saved]
+    if found.regenerated:
+        warnings.warn(
+            f"{where}{listed(map(repr, found.regenerated))} is in the checkpoint and is not read, because the "
+            "configuration says to make it again from its seed",
+            InlayWarning,
+            stacklevel=4,
+        )
+    elif again and not tree.state.policy.strict_load:
+        warnings.warn(
+            f"{where}{listed(repr(target.key) for target in again)} is made again from the configuration's seed; "
+            "another version of torch may draw other values",
+            InlayWarning,
+            stacklevel=4,
+        )
+
+
+def _staged(target: Target, value: Tensor) -> Tensor:
+    """Return a value ready to be written, so that writing itself cannot fail."""
+    held = target.tensor
+    value = gather(value)
+    if not held.is_meta:
+        return scatter(value, held)
+    device = value.device if target.device is None or target.device.type == "meta" else target.device
+    share = local_share(value, held.device_mesh, held.placements) if is_distributed(held) else value  # type: ignore[attr-defined]
+    # A copy of its own: the given tensor is the caller's, or part of a file that is mapped into memory.
+    own = torch.empty_like(share, device=device, dtype=held.dtype).copy_(share)
+    return rewrap(own, held) if is_distributed(held) else own
+
+
+@torch.no_grad()
+def _write(tree: Tree, target: Target, value: Tensor) -> None:
+    held = target.tensor
+    if held.is_meta:
+        table = target.table
+        parameter = isinstance(held, nn.Parameter)
+        table[target.attribute] = nn.Parameter(value, requires_grad=held.requires_grad) if parameter else value
+        return
+    if target.part == "embedding":
+        _remember(tree, held, value)
+    held.copy_(value)
+
+
+def _remember(tree: Tree, held: Tensor, value: Tensor) -> None:
+    """Keep a base tensor that a load changes, so that unloading gives it back."""
+    name = tree.owner_name(held)
+    if name is not None and name not in tree.state.base_values and not torch.equal(held, value):
+        tree.state.base_values[name] = held.detach().clone()
