@@ -1,0 +1,306 @@
+"""Every law runs over every cell of this file: a method, a layer kind and a storage.
+
+A new method, kind or storage is one line in ``METHODS``, ``KINDS`` or ``STORAGES``. Which cells work is found by
+planning; those that are refused, and those that cannot be merged, must be exactly the ones listed in ``REFUSED`` and
+``UNMERGEABLE``, so that nothing starts or stops to work in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.plan import plan
+from inlay.errors import InlayError
+from inlay.methods.lora import LoraConfig
+
+BATCH = 4
+Target = dict[str, Any]
+
+
+# -- methods: what to adapt -> config ---------------------------------------------------------------------------------
+
+METHODS: dict[str, Callable[[Target], Any]] = {
+    "lora": lambda target: LoraConfig(r=4, lora_alpha=6, **target),
+    "lora_rs": lambda target: LoraConfig(r=2, lora_alpha=3, use_rslora=True, **target),
+    "lora_random": lambda target: LoraConfig(r=4, init_lora_weights=False, **target),
+    "lora_gaussian": lambda target: LoraConfig(r=4, init_lora_weights="gaussian", **target),
+    "lora_bias": lambda target: LoraConfig(r=4, lora_alpha=6, lora_bias=True, **target),
+    "lora_base_bias": lambda target: LoraConfig(r=4, lora_alpha=6, bias="all", **target),
+    "dora": lambda target: LoraConfig(r=4, lora_alpha=6, use_dora=True, **target),
+}
+# methods whose fresh adapter changes the output by design
+CHANGES_AT_INIT = {"lora_random"}
+# methods that train base parameters, which one adapter of a model can do
+TRAINS_BASE = {"lora_base_bias"}
+
+
+# -- kinds: how to build the layer, and a batch for it ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KindCase:
+    """A layer to adapt.
+
+    Attributes:
+        build: makes the layer.
+        shape: of one batch; its ``axis`` holds the samples.
+        vocabulary: inputs are indices below this number, not features.
+        axis: where the samples are.
+        arity: how many times the input is passed (attention takes query, key and value).
+        padding: the index that torch gives no gradient.
+        parameters: adapt these bare parameters of the layer, not the layer.
+    """
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    vocabulary: int = 0
+    axis: int = 0
+    arity: int = 1
+    padding: int | None = None
+    parameters: tuple[str, ...] = ()
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding that multiplies its output, as Gemma's does."""
+
+    def __init__(self, *args: Any, scale: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("embed_scale", torch.tensor(scale), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.embed_scale.to(self.weight.dtype)
+
+
+class OwnRMSNorm(nn.Module):
+    """An RMS norm as model libraries write it; known by its name only."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.to(torch.float64 if hidden_states.dtype == torch.float64 else torch.float32)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return self.weight * x.to(hidden_states.dtype)
+
+
+def hf_conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(8, 12)
+
+
+def token_table(**options: Any) -> Callable[[], nn.Module]:
+    return lambda: nn.Embedding(11, 8, **options)
+
+
+FEATURES = (BATCH, 3, 12)
+IMAGE = (BATCH, 4, 7, 6)
+TOKENS = (BATCH, 5)
+
+KINDS: dict[str, KindCase] = {
+    "linear": KindCase(lambda: nn.Linear(12, 8), FEATURES),
+    "linear_nobias": KindCase(lambda: nn.Linear(12, 8, bias=False), FEATURES),
+    "conv1d_hf": KindCase(hf_conv1d, FEATURES),
+    "conv1d_strided": KindCase(lambda: nn.Conv1d(4, 8, 3, stride=2, padding=1), (BATCH, 4, 9)),
+    "conv2d": KindCase(lambda: nn.Conv2d(4, 8, (3, 2), padding=(1, 0), bias=False), IMAGE),
+    "conv2d_grouped": KindCase(lambda: nn.Conv2d(4, 8, 3, groups=2, stride=(1, 2)), IMAGE),
+    "conv2d_depthwise": KindCase(lambda: nn.Conv2d(8, 8, 3, groups=8), (BATCH, 8, 5, 5)),
+    "conv2d_dilated_reflect": KindCase(
+        lambda: nn.Conv2d(4, 8, 3, dilation=2, padding=2, padding_mode="reflect"), IMAGE
+    ),
+    "conv2d_same_circular": KindCase(lambda: nn.Conv2d(4, 8, (2, 3), padding="same", padding_mode="circular"), IMAGE),
+    "conv3d": KindCase(lambda: nn.Conv3d(4, 8, 2, padding=1), (BATCH, 4, 3, 4, 2)),
+    "embedding": KindCase(token_table(), TOKENS, vocabulary=11),
+    "embedding_padding": KindCase(token_table(padding_idx=1), TOKENS, vocabulary=11, padding=1),
+    "embedding_max_norm": KindCase(token_table(max_norm=1.5), TOKENS, vocabulary=11),
+    "embedding_scaled": KindCase(
+        lambda: ScaledEmbedding(11, 8, padding_idx=0, scale=3.5), TOKENS, vocabulary=11, padding=0
+    ),
+    "layernorm": KindCase(lambda: nn.LayerNorm(12), FEATURES),
+    "rmsnorm": KindCase(lambda: nn.RMSNorm(12), FEATURES),
+    "rmsnorm_own": KindCase(lambda: OwnRMSNorm(12), FEATURES),
+    "groupnorm": KindCase(lambda: nn.GroupNorm(2, 4), IMAGE),
+}
+
+
+# -- storages ---------------------------------------------------------------------------------------------------------
+
+STORAGES: dict[str, torch.dtype] = {
+    "plain_fp32": torch.float32,
+    "plain_bf16": torch.bfloat16,
+    "plain_fp16": torch.float16,
+    "plain_fp64": torch.float64,
+}
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+# (methods, kinds, part of the sentence that says why); * stands for anything
+REFUSED: list[tuple[str, str, str]] = [
+    ("lora", "conv2d_depthwise", "a rank that 8 divides"),
+    ("lora_*", "conv2d_depthwise", "a rank that 8 divides"),
+    ("lora_bias", "embedding*", "a layer that can have a bias"),
+    ("lora_bias", "rmsnorm*", "a layer that can have a bias"),
+    ("dora", "conv2d_grouped", "crosses groups"),
+    ("dora", "conv2d_depthwise", "crosses groups"),
+    ("dora", "[!e]*norm*", "a single number has none"),
+]
+# planned and run, but not written into a weight
+UNMERGEABLE: list[tuple[str, str, str]] = [
+    ("lora", "conv2d_grouped", "crosses them"),
+    ("lora_*", "conv2d_grouped", "crosses them"),
+    ("*", "embedding_max_norm", "renormalises rows above max_norm"),
+    ("lora_bias", "linear_nobias", "no bias"),
+    ("lora_bias", "conv2d", "no bias"),
+]
+
+
+def listed(table: list[tuple[str, str, str]], method: str, kind: str) -> str | None:
+    """Return why the table refuses a method on a kind, or None."""
+    return next((why for m, k, why in table if fnmatchcase(method, m) and fnmatchcase(kind, k)), None)
+
+
+# -- cells ------------------------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Two layers of one kind side by side, and one that stays as it is."""
+
+    def __init__(self, build: Callable[[], nn.Module], arity: int) -> None:
+        super().__init__()
+        self.first = build()
+        self.last = build()
+        self.beside = nn.Linear(2, 2)
+        self.arity = arity
+
+    def call(self, layer: nn.Module, x: Tensor) -> Tensor:
+        y = layer(*[x] * self.arity)
+        return y[0] if isinstance(y, tuple) else y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.first, x) + torch.tanh(self.call(self.last, x))
+
+
+@dataclass(frozen=True)
+class Cell:
+    method: str
+    kind: str
+    storage: str
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.kind}-{self.storage}"
+
+    @property
+    def case(self) -> KindCase:
+        return KINDS[self.kind]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return STORAGES[self.storage]
+
+    @property
+    def unmergeable(self) -> str | None:
+        return listed(UNMERGEABLE, self.method, self.kind)
+
+    @property
+    def companion(self) -> str:
+        """A method for a second adapter of the same layers: one that can be merged and of another family, if any is."""
+        others = [m for m in METHODS if m not in (self.method, *TRAINS_BASE) and works(m, self.kind)]
+        own = family(self.method)
+        rank = {m: (listed(UNMERGEABLE, m, self.kind) is not None, family(m) == own) for m in others}
+        return min(others, key=rank.__getitem__, default=self.method)
+
+    def config(self, method: str | None = None, layers: tuple[str, ...] = ("first", "last")) -> Any:
+        """The config of the cell's method, or of another one, for some of the layers."""
+        return METHODS[method or self.method](target(self.kind, layers))
+
+    def model(self, seed: int = 0) -> Pair:
+        """The base model: fixed random weights (norms too), some frozen, some layers in eval mode."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Pair(self.case.build, self.case.arity)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() == 1:
+                        parameter.add_(torch.randn_like(parameter) * 0.3)
+        return model.to(self.dtype)
+
+    def batch(self, seed: int = 1) -> Tensor:
+        """Inputs for ``BATCH`` samples."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.case.vocabulary:
+            return torch.randint(self.case.vocabulary, self.case.shape, generator=generator)
+        return torch.randn(self.case.shape, generator=generator).to(self.dtype)
+
+
+def target(kind: str, layers: Iterable[str]) -> Target:
+    """Return the config fields that choose layers of a kind."""
+    parameters = KINDS[kind].parameters
+    if parameters:
+        return {"target_modules": [], "target_parameters": [f"{layer}.{p}" for layer in layers for p in parameters]}
+    return {"target_modules": list(layers)}
+
+
+@functools.cache
+def family(method: str) -> str:
+    """The peft_type that a method of this file belongs to; DoRA counts apart, it has mathematics of its own."""
+    config = METHODS[method]({"target_modules": ["first"]})
+    return "DORA" if getattr(config, "use_dora", False) else str(config.peft_type.value)
+
+
+@functools.cache
+def refusal(method: str, kind: str) -> str | None:
+    """Return the sentence with which planning refuses a method on a kind, or None."""
+    cell = Cell(method, kind, "plain_fp32")
+    try:
+        plan(cell.model(), cell.config())
+    except InlayError as error:
+        return str(error)
+    return None
+
+
+def works(method: str, kind: str) -> bool:
+    return refusal(method, kind) is None
+
+
+def every_cell(storages: Iterable[str] = STORAGES) -> Iterator[Cell]:
+    """Every cell that works."""
+    return (Cell(m, k, s) for s in storages for m in METHODS for k in KINDS if works(m, k))
+
+
+def pair_cover(storages: Iterable[str] = STORAGES, start: int = 0) -> list[Cell]:
+    """Return few cells with every pair (method, kind), (method, storage) and (kind, storage) among them.
+
+    ``start`` turns the storages round, so that different laws meet different triples.
+    """
+    names = list(storages)
+    chosen: list[Cell] = []
+    for i, method in enumerate(METHODS):
+        kinds = [kind for kind in KINDS if works(method, kind)]
+        chosen += [Cell(method, kind, names[(start + i + j) % len(names)]) for j, kind in enumerate(kinds)]
+    return _completed(chosen, list(every_cell(names)), lambda c: {(c.method, c.storage), (c.kind, c.storage)})
+
+
+def family_cover(storages: Iterable[str] = ("plain_fp32",), start: int = 0) -> list[Cell]:
+    """Return few cells with every method and every kind among them, for laws that take long."""
+    cells = list(every_cell(storages))
+    turn = start % max(1, len(cells))
+    return _completed([], cells[turn:] + cells[:turn], lambda c: {("method", c.method), ("kind", c.kind)})
+
+
+def _completed(chosen: list[Cell], cells: list[Cell], covers: Callable[[Cell], set[Any]]) -> list[Cell]:
+    """Add cells, each time the one that covers most, until everything that any cell covers is covered."""
+    missing = set().union(*map(covers, cells)) - set().union(*map(covers, chosen))
+    while missing:
+        best = max(cells, key=lambda cell: len(covers(cell) & missing))  # the first of equals
+        chosen.append(best)
+        missing -= covers(best)
+    return chosen

@@ -1,0 +1,126 @@
+"""L3: merging and unmerging gives back the original, bitwise; merging changes no output, and happens all or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cells import Cell
+from subject import Subject, assert_bitwise, assert_close, tensors_of, written
+from torch import nn
+
+from inlay.core import storage
+from inlay.core.call import opened
+from inlay.core.inject import set_active
+from inlay.core.layer import AdaptedLayer
+from inlay.core.merge import merge, unmerge
+from inlay.errors import MergeError
+
+
+@pytest.fixture
+def subject(cell: Cell) -> Subject:
+    if cell.unmergeable:
+        pytest.skip(cell.unmergeable)
+    return Subject(cell)
+
+
+def largest(subject: Subject) -> float:
+    return float(subject.base_output().abs().max())
+
+
+def exact_outputs(subject: Subject, *names: str) -> torch.Tensor:
+    """The output of the plain float64 model with the named adapters written into it."""
+    set_active(subject.state, names)
+    x = subject.x.double() if subject.x.is_floating_point() else subject.x
+    return written(subject.exact())(x).detach()
+
+
+def test_merge_then_unmerge_is_the_original(cell: Cell, subject: Subject) -> None:
+    before = tensors_of(subject.model)
+    unmerged = subject.model(subject.x).detach()
+    assert merge(subject.state) == ["one"]
+    merged = tensors_of(subject.model)
+    assert any(not torch.equal(merged[name], before[name]) for name in before)
+    assert_close(subject.model(subject.x), unmerged, cell.dtype, "merged", ulps=32, size=largest(subject))
+    assert unmerge(subject.state)
+    assert_bitwise(tensors_of(subject.model), before)
+    assert torch.equal(subject.model(subject.x), unmerged)
+    assert not unmerge(subject.state)
+
+
+def test_merged_and_switched_off_is_the_base(cell: Cell, subject: Subject) -> None:
+    base = subject.base_output()
+    merge(subject.state)
+    merged = tensors_of(subject.model)
+    with opened(subject.state, disabled=True):
+        assert_close(subject.model(subject.x), base, cell.dtype, "switched off")
+    assert_bitwise(tensors_of(subject.model), merged)  # forward never changes state
+
+
+def test_merge_twice_adds_nothing(cell: Cell, subject: Subject) -> None:
+    merge(subject.state)
+    once = tensors_of(subject.model)
+    assert merge(subject.state) == []
+    assert_bitwise(tensors_of(subject.model), once)
+
+
+@pytest.mark.parametrize("keep", ["copy", "none"])
+def test_partial_merge(cell: Cell, subject: Subject, keep: str) -> None:
+    """One of two active adapters is merged, the other stays above it; then the other is merged too."""
+    subject.add("two")
+    subject.activate("one", "two")
+    before = tensors_of(subject.model)
+    expected = exact_outputs(subject, "one", "two")
+    try:
+        merge(subject.state, ["one"], keep=keep)
+    except MergeError as error:
+        assert keep == "none"
+        assert "reads the untouched weight" in str(error)
+        assert_bitwise(tensors_of(subject.model), before)
+        return
+    assert_close(subject.model(subject.x), expected, cell.dtype, "first merged", ulps=32, size=largest(subject))
+    merge(subject.state, ["two"], keep=keep)
+    assert_close(subject.model(subject.x), expected, cell.dtype, "both merged", ulps=48, size=largest(subject))
+    if keep == "copy":
+        unmerge(subject.state)
+        assert_bitwise(tensors_of(subject.model), before)
+
+
+def test_failing_merge_leaves_every_weight(cell: Cell, subject: Subject) -> None:
+    """One infinite value in an adapter of the last layer: no layer may change."""
+    layer = [layer for layer in subject.state.layers() if isinstance(layer, AdaptedLayer)][-1]
+    values = layer.params(layer.entries["one"][-1])
+    slots = layer.entries["one"][-1].method.slots(layer.site)
+    role = next(role for role, slot in slots.items() if slot.trainable)
+    with torch.no_grad():
+        getattr(values, role).view(-1)[0] = torch.inf
+    for keep in ("copy", "none"):
+        before = tensors_of(subject.model)
+        with pytest.raises(MergeError, match="not finite"):
+            merge(subject.state, keep=keep)
+        assert_bitwise(tensors_of(subject.model), before)
+        assert not any(layer.merged for layer in subject.state.layers())
+
+
+def test_failing_write_undoes_this_merge_and_no_earlier_one(
+    cell: Cell, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject.add("two")
+    subject.activate("one", "two")
+    original = tensors_of(subject.model)
+    merge(subject.state, ["one"])
+    before = tensors_of(subject.model)
+    layer = [layer for layer in subject.state.layers() if isinstance(layer, AdaptedLayer)][-1]
+    write, failures = storage.write, [OSError("disk full")]
+
+    def failing(module: nn.Module, name: str, value: torch.Tensor) -> None:
+        write(module, name, value)
+        if module is layer.leaf_layer and failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(storage, "write", failing)
+    with pytest.raises(OSError, match="disk full"):
+        merge(subject.state, ["two"])
+    assert_bitwise(tensors_of(subject.model), before)
+    assert all(layer.merged_adapters == ["one"] for layer in subject.state.layers())
+    assert unmerge(subject.state)
+    assert_bitwise(tensors_of(subject.model), original)
