@@ -168,7 +168,8 @@ class LoRA(Method):
         r = self.options(site)["r"]
         if r % site.groups:
             return f"a convolution of {site.groups} groups needs a rank that {site.groups} divides, found r={r}"
-        if self.config.lora_bias and (site.lookup or site.parameter is not None):
+        biasless = site.lookup or site.parameter is not None or (site.elementwise and not site.bias)
+        if self.config.lora_bias and biasless:
             return "lora_bias needs a layer that can have a bias"
         return None
 
