@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import time
 
@@ -128,15 +127,16 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(at, whole_run, shel
     assert strip[0] == strip[1]
 
 
-def test_epoch_ends_and_checkpoints_meet(whole_run, shelf):
-    """The parametrised kills above cover a checkpoint at an epoch's end and one within an epoch."""
-    import transformers
+def test_passes_visit_everything_once_and_follow_from_the_seed_alone():
+    from inlay.training.order import Passes
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(shelf / "gpt")
-    tokens = len(tokenizer((shelf / "learn.txt").read_text(), add_special_tokens=False)["input_ids"]) + 1
-    batches = math.ceil(math.ceil(tokens / 32) / SETTINGS["batch_size"])
-    per_epoch = math.ceil(batches / SETTINGS["accumulate"])
-    assert {30 % per_epoch == 0, 70 % per_epoch == 0} == {True, False}, per_epoch
+    examples = [{"input_ids": [number]} for number in range(10)]
+    seen = [Passes(examples, 25, seed=3)[index]["input_ids"][0] for index in range(25)]
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))
+    assert len({tuple(seen[:10]), tuple(seen[10:20]), tuple(range(10))}) == 3
+    late = Passes(examples, 25, seed=3)
+    assert [late[index]["input_ids"][0] for index in range(13, 25)] == seen[13:]
+    assert [Passes(examples, 25, seed=4)[index]["input_ids"][0] for index in range(10)] != seen[:10]
 
 
 def test_resume_refuses_another_run(whole_run, shelf, capsys):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from inlay.training.trainer import AdapterTrainer
 
 # Trainer's name -> ours; anything else that is a number and starts with `eval_` is kept as it is.
-NAMES = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "epoch": "epoch"}
+NAMES = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
 TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 
 
@@ -62,8 +62,8 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 class Reporter(TrainerCallback):
     """Sends each logging step and evaluation to the metrics file and the display, and stops on a loss of NaN."""
 
-    def __init__(self, metrics: MetricsFile, display: Display) -> None:
-        self.metrics, self.display = metrics, display
+    def __init__(self, metrics: MetricsFile, display: Display, passes_per_step: float) -> None:
+        self.metrics, self.display, self.passes_per_step = metrics, display, passes_per_step
         self.trainer: AdapterTrainer | None = None  # set once it exists: it is built with its callbacks
         self.tokens_before = 0  # trained on before this session
         self._began = 0.0
@@ -84,7 +84,7 @@ class Reporter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is None or "train_runtime" in logs:
             return
-        entry: dict[str, Any] = {"step": state.global_step}
+        entry: dict[str, Any] = {"step": state.global_step, "epoch": round(state.global_step * self.passes_per_step, 4)}
         entry.update({ours: _plain(logs[theirs]) for theirs, ours in NAMES.items() if theirs in logs})
         entry.update({k: _plain(v) for k, v in logs.items() if k.startswith("eval_") and not k.endswith(TIMINGS)})
         if "loss" in entry and self.trainer is not None:

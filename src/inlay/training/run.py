@@ -73,20 +73,23 @@ def train(config: RunConfig, display: Display, resume: bool = False) -> Outcome:
         output.refuse_used(folder)
     prepared = prepare(config)
 
+    from inlay.training.order import Examples, Pace, Passes
     from inlay.training.reports import MetricsFile, Reporter, draw_losses, read_metrics
     from inlay.training.trainer import AdapterTrainer, checkpoints, training_arguments
 
+    examples = prepared.train.examples
+    pace = Pace.of(config, len(examples), record["processes"])
     found = checkpoints(folder / output.CHECKPOINTS) if resume else []
     arguments = training_arguments(
         config,
         folder / output.CHECKPOINTS,
-        examples=len(prepared.train.examples),
+        pace=pace,
         evaluates=prepared.evaluation is not None,
         resumes=bool(found),
     )
     first_process = arguments.process_index == 0
     metrics = MetricsFile(folder / output.METRICS)
-    reporter = Reporter(metrics, display)
+    reporter = Reporter(metrics, display, passes_per_step=pace.per_step / len(examples))
     if first_process:
         if not resume:
             output.begin(folder, config, record)
@@ -100,8 +103,8 @@ def train(config: RunConfig, display: Display, resume: bool = False) -> Outcome:
         prepared.task,
         prepared.tokenizer,
         arguments,
-        prepared.train.examples,
-        prepared.evaluation.examples if prepared.evaluation is not None else None,
+        Passes(examples, pace.steps * pace.per_step, config.seed),
+        Examples(prepared.evaluation.examples) if prepared.evaluation is not None else None,
         keep=config.keep_checkpoints,
         callbacks=[reporter],
     )

@@ -22,6 +22,7 @@ WHAT, ADAPTER, OPTIMISER, RUNNING = "What to train", "Adapter", "Optimisation", 
 Count = Annotated[int, Meta(ge=1)]
 Length = Annotated[int, Meta(ge=2)]
 Natural = Annotated[int, Meta(ge=0)]
+Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Meta(gt=0.0)]
 NotNegative = Annotated[float, Meta(ge=0.0)]
@@ -73,7 +74,7 @@ class RunConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     warmup_steps: Annotated[Natural, _about(OPTIMISER, "Steps over which the learning rate rises")] = 0
     weight_decay: Annotated[NotNegative, _about(OPTIMISER, "AdamW weight decay")] = 0.0
     max_grad_norm: Annotated[NotNegative, _about(OPTIMISER, "Clip the gradient's norm here; 0 for never")] = 1.0
-    seed: Annotated[Natural, _about(OPTIMISER, "Seed of initial values, data order and dropout")] = 0
+    seed: Annotated[Seed, _about(OPTIMISER, "Seed of initial values, data order and dropout")] = 0
 
     precision: Annotated[str, _about(RUNNING, "fp32, bf16 or fp16 (mixed; weights stay as loaded)")] = "fp32"
     cpu: Annotated[bool, _about(RUNNING, "Train on the CPU although there is an accelerator")] = False

@@ -7,10 +7,9 @@ from, whenever the process was killed.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,13 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallba
 
 import inlay
 from inlay.errors import CheckpointMismatchError
+from inlay.training.order import Examples, Pace, Passes
 from inlay.training.pretrained import WEIGHTS_FILE
 from inlay.training.settings import RunConfig
-from inlay.training.tasks import Example, Task
+from inlay.training.tasks import Task
 
 PREFIX = "checkpoint-"
 STAGING = "unfinished"
-
-
-class Examples(torch.utils.data.Dataset):
-    """A list of token lists as a dataset; ``metric_key_prefix`` and columns are not its business."""
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -48,15 +35,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def training_arguments(
-    config: RunConfig, folder: Path, examples: int, evaluates: bool, resumes: bool
+    config: RunConfig, folder: Path, pace: Pace, evaluates: bool, resumes: bool
 ) -> TrainingArguments:
-    """Translate the run's settings; ``folder`` takes the checkpoints, ``examples`` is the size of the training part."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    epoch = math.ceil(math.ceil(examples / (config.batch_size * processes)) / config.accumulate)
+    """Translate the run's settings; ``folder`` takes the checkpoints."""
     return TrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
+        max_steps=pace.steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.eval_batch_size,
         gradient_accumulation_steps=config.accumulate,
@@ -66,16 +50,14 @@ def training_arguments(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
-        data_seed=config.seed,
         bf16=config.precision == "bf16",
         fp16=config.precision == "fp16",
         use_cpu=config.cpu,
         logging_strategy="steps",
         logging_steps=config.log_steps,
         logging_nan_inf_filter=False,  # the filter replaces a loss of NaN by an average; we want to stop
-        # Never "epoch": that evaluates after the checkpoint of the epoch's last step, and a resumed run would not.
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=config.eval_steps or epoch,
+        eval_steps=config.eval_steps or pace.per_pass,
         eval_on_start=evaluates and not resumes,
         save_strategy="steps",
         save_steps=config.save_steps,
@@ -95,6 +77,7 @@ class AdapterTrainer(Trainer):
     Args:
         model: an :class:`inlay.PeftModel`.
         task: supplies loss, collator and metrics.
+        train: what to train on, in order.
         keep: number of checkpoints to keep.
     """
 
@@ -104,8 +87,8 @@ class AdapterTrainer(Trainer):
         task: Task,
         tokenizer: Any,
         arguments: TrainingArguments,
-        train: Sequence[Example],
-        evaluation: Sequence[Example] | None,
+        train: Passes,
+        evaluation: Examples | None,
         keep: int,
         callbacks: list[TrainerCallback],
     ) -> None:
@@ -113,8 +96,8 @@ class AdapterTrainer(Trainer):
             model=model,
             args=arguments,
             data_collator=task.collator(tokenizer),
-            train_dataset=Examples(train),
-            eval_dataset=Examples(evaluation) if evaluation is not None else None,
+            train_dataset=train,
+            eval_dataset=evaluation,
             compute_loss_func=_loss_of(task),
             compute_metrics=lambda result: task.metrics(*_arrays(result)),
             preprocess_logits_for_metrics=lambda logits, labels: task.reduce(
@@ -130,6 +113,9 @@ class AdapterTrainer(Trainer):
         self.keep = keep
         self.tokens_seen = 0  # by this process in this session: not padding
         self._staged = False
+
+    def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # Passes shuffles
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.tokens_seen += int(inputs["attention_mask"].sum())
