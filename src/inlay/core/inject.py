@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +11,19 @@ from torch import Tensor, nn
 
 from inlay.core.affine import Affine, Site
 from inlay.core.dtype import merge_dtype
-from inlay.core.layer import AdaptedLayer, AdapterTensors, Entry
+from inlay.core.layer import AdaptedLayer, AdapterTensors, Entry, find_tensor
 from inlay.core.mount import ModuleCopies
 from inlay.core.plan import Placement, Plan
+from inlay.core.readers import restore_readers, silence_readers
+from inlay.core.shared import register_shared, unregister_shared
 from inlay.core.slot import Slot, generator_for
 from inlay.core.state import Record, State
 from inlay.core.targets import places
-from inlay.errors import StateError
+from inlay.errors import MergeError, StateError
+from inlay.parallel.fsdp import refuse_shell, settle
+from inlay.parallel.hooks import lift, lower
+from inlay.parallel.placement import spread
+from inlay.parallel.tensors import scatter
 
 __all__ = ["adapter_parameters", "delete", "eject", "inject", "set_active", "set_trainable"]
 
@@ -24,7 +31,14 @@ __all__ = ["adapter_parameters", "delete", "eject", "inject", "set_active", "set
 Undo = Callable[[], object]
 
 
-def inject(plan: Plan, *, low_memory: bool = False, seed: int | None = None, initialise: bool = True) -> State:
+def inject(
+    plan: Plan,
+    *,
+    low_memory: bool = False,
+    seed: int | None = None,
+    initialise: bool = True,
+    then: Callable[[State], object] | None = None,
+) -> State:
     """Put a planned adapter into its model, in place; the model ends unchanged if anything fails.
 
     Args:
@@ -32,6 +46,7 @@ def inject(plan: Plan, *, low_memory: bool = False, seed: int | None = None, ini
         low_memory: create the tensors on the meta device, to be assigned by a load.
         seed: what initial values are drawn from, together with site and slot; by default ``torch.initial_seed()``.
         initialise: False leaves initial values undefined, for a load that overwrites them.
+        then: what belongs to the injection (such as that load); if it raises, everything is undone.
 
     Returns:
         The model's state; the adapter is active if it is the first.
@@ -58,13 +73,13 @@ def inject(plan: Plan, *, low_memory: bool = False, seed: int | None = None, ini
                 p.requires_grad_(False)
         for placement, tensors in built:
             layer = _adapted(placement, state, undo)
-            _mount(layer, plan.adapter, placement, tensors, undo)
+            _mount(layer, plan, placement, tensors, undo)
         for place, _ in plan.copies:
             _copy_module(place, plan.adapter, state, undo)
-        if shared is not None:
-            state.shared._modules[plan.adapter] = shared
-            undo.append(lambda: state.shared._modules.pop(plan.adapter, None))
-        state.records[plan.adapter] = Record(plan.config, plan.method, seed)
+        undo.append(silence_readers(plan.model))
+        if shared:
+            _mount_shared(plan, state, shared, undo)
+        state.records[plan.adapter] = Record(plan.config, plan.method, seed, shared=dict(plan.shared))
         undo.append(lambda: state.records.pop(plan.adapter, None))
         if initialise and not low_memory:
             _prepare(plan, state, undo)
@@ -75,9 +90,13 @@ def inject(plan: Plan, *, low_memory: bool = False, seed: int | None = None, ini
             setattr(plan.config, name, value)
         if first:
             state.active = (plan.adapter,)
+            undo.append(lambda: setattr(state, "active", ()))
+        if then is not None:
+            then(state)
     except BaseException:
         for step in reversed(undo):
             step()
+        state.touch()
         raise
     state.touch()
     return state
@@ -101,41 +120,55 @@ def _new(slot: Slot, site: Site, dtype: torch.dtype, device: torch.device, plan:
 
 
 def _build(plan: Plan, placement: Placement, low_memory: bool, fill: bool, seed: int) -> dict[str, Tensor]:
-    device = torch.device("meta") if low_memory else placement.device
+    meta = torch.device("meta")
+    layout = placement.layout
     return {
-        role: _new(slot, placement.site, placement.dtype, device, plan, seed, fill or slot.buffer)
+        role: spread(
+            _new(
+                slot,
+                placement.site,
+                placement.dtype,
+                meta if low_memory and slot.saved else placement.device,  # no load would bring the others
+                plan,
+                seed,
+                fill or slot.buffer,
+            ),
+            slot,
+            layout,
+        )
         for role, slot in placement.slots.items()
     }
 
 
-def _build_shared(plan: Plan, low_memory: bool, seed: int) -> nn.Module | None:
+def _build_shared(plan: Plan, low_memory: bool, seed: int) -> dict[str, Tensor]:
     """Create the tensors that live at the root, on the device of the first site."""
     if not plan.shared:
-        return None
+        return {}
     first = next(p for p in plan.placements if p.method is plan.method)
-    holder = AdapterTensors()
+    tensors = {}
     for role, slot in plan.shared.items():
         device = torch.device("meta") if low_memory and slot.saved else first.device
-        tensor = _new(slot, Site("", "shared", 0, 0), first.dtype, device, plan, seed, True)
-        holder[role] = tensor if slot.buffer else nn.Parameter(tensor, requires_grad=slot.trainable)
-        if slot.buffer and not slot.saved:
-            holder._non_persistent_buffers_set.add(role)
-    return holder
+        tensors[role] = _new(slot, Site("", "shared", 0, 0), first.dtype, device, plan, seed, True)
+    layout = next((p.layout for p in plan.placements if p.layout is not None), None)
+    if layout is not None:  # plain in every process, because layers beside it may not be spread at all
+        tensors = {role: layout.agree(tensor) for role, tensor in tensors.items()}
+    return tensors
 
 
 def _adapted(placement: Placement, state: State, undo: list[Undo]) -> AdaptedLayer:
     """Return the adapted layer at a place, putting one there if there is none."""
-    here = placement.place.module
-    if isinstance(here, AdaptedLayer):
-        return here
-    now = placement.place.parents[0][0]._modules.get(placement.place.parents[0][1])
-    if isinstance(now, AdaptedLayer):  # an earlier placement of this plan
-        return now
+    found = _standing(placement)
+    if found is not None:
+        return found
+    parent, name = placement.place.parents[0]
+    here: Any = parent._modules[name]  # several parameters of one module are nested
     layer = placement.kind.adapt(here, placement.site, state)
     for parent, name in placement.place.parents:
         setattr(parent, name, layer)
+    lift(here, layer)
 
     def back() -> None:
+        lower(layer, here)
         for parent, name in placement.place.parents:
             setattr(parent, name, here)
         state.leave(layer)
@@ -146,40 +179,68 @@ def _adapted(placement: Placement, state: State, undo: list[Undo]) -> AdaptedLay
 
 def _mount(
     layer: AdaptedLayer,
-    adapter: str,
+    plan: Plan,
     placement: Placement,
     tensors: dict[str, Tensor],
     undo: list[Undo],
 ) -> None:
     """Hang an entry's tensors below the layer, where their slots say."""
+    adapter = plan.adapter
     entry = Entry(adapter, placement.method, placement.site, placement.slots)
+    if placement.layout is not None:
+        entry.mesh = placement.layout.mesh
+    if placement.method is plan.method:
+        entry.shared = tuple((role, *slot.place) for role, slot in plan.shared.items())
     field = placement.method.dropout_field
     if field is not None:
         p = float(getattr(placement.method.config, field) or 0.0)
         _container(layer, (field,), nn.ModuleDict)._modules[adapter] = nn.Dropout(p) if p > 0.0 else nn.Identity()
     for role, slot in placement.slots.items():
-        containers, leaf = slot.place
-        tensor = tensors[role]
-        value = tensor if slot.buffer else nn.Parameter(tensor, requires_grad=slot.trainable)
-        holder: Any = _container(layer, containers, nn.ModuleDict if leaf else AdapterTensors)
-        if not leaf:
-            holder[adapter] = value
-            if slot.buffer and not slot.saved:
-                holder._non_persistent_buffers_set.add(adapter)
-            continue
-        module = holder._modules.get(adapter)
-        if module is None:
-            module = placement.kind.leaf(placement.site, slot)
-            module.training = layer.training
-            holder._modules[adapter] = module
-        if slot.buffer:
-            module._buffers[leaf] = value
-            if not slot.saved:
-                module._non_persistent_buffers_set.add(leaf)
-        else:
-            module._parameters[leaf] = value
+        _hang(layer, adapter, slot, tensors[role], partial(placement.kind.leaf, placement.site, slot))
     layer.entries[adapter] = (*layer.entries.get(adapter, ()), entry)
     undo.append(lambda: dismount(layer, adapter))
+
+
+def _hang(home: nn.Module, adapter: str, slot: Slot, tensor: Tensor, new_leaf: Callable[[], nn.Module]) -> None:
+    """Register one tensor below ``home`` where its slot says, making what is missing on the way."""
+    containers, leaf = slot.place
+    value = tensor if slot.buffer else nn.Parameter(tensor, requires_grad=slot.trainable)
+    holder: Any = _container(home, containers, nn.ModuleDict if leaf else AdapterTensors)
+    if not leaf:
+        holder[adapter] = value
+        if slot.buffer and not slot.saved:
+            holder._non_persistent_buffers_set.add(adapter)
+        return
+    module = holder._modules.get(adapter)
+    if module is None:
+        module = new_leaf()
+        module.training = home.training
+        holder._modules[adapter] = module
+    if slot.buffer:
+        module._buffers[leaf] = value
+        if not slot.saved:
+            module._non_persistent_buffers_set.add(leaf)
+    else:
+        module._parameters[leaf] = value
+
+
+def _mount_shared(plan: Plan, state: State, tensors: dict[str, Tensor], undo: list[Undo]) -> None:
+    """Hang shared tensors below the state, and register them at the model's root."""
+
+    def back() -> None:
+        drop_shared(state, plan.shared, plan.adapter)
+        register_shared(plan.model, state)
+
+    undo.append(back)
+    for role, tensor in tensors.items():
+        _hang(state.shared, plan.adapter, plan.shared[role], tensor, nn.Module)
+    register_shared(plan.model, state)
+
+
+def drop_shared(state: State, slots: dict[str, Slot], adapter: str) -> None:
+    """Drop an adapter's shared tensors."""
+    for slot in slots.values():
+        _drop(state.shared, slot.place[0], adapter)
 
 
 def _container(layer: nn.Module, path: tuple[str, ...], cls: type[nn.Module]) -> nn.Module:
@@ -253,13 +314,16 @@ def _prepare(plan: Plan, state: State, undo: list[Undo]) -> None:
     for placement in plan.placements:
         if not placement.method.needs_base or placement.device.type == "meta":
             continue
-        layer = _placed(placement)
+        layer = _standing(placement)
+        assert layer is not None
         for entry in layer.entries[plan.adapter]:
             if entry.method is placement.method:
-                base = layer.base_affine()
+                base = layer.base_affine(whole=True)
                 dtype = merge_dtype(base.weight.dtype)
                 wide = type(base)(base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype))
-                rebased = entry.method.prepare(entry.site, layer.params(entry), wide)
+                p = layer.params(entry, whole=True)
+                rebased = entry.method.prepare(entry.site, p, wide)
+                layer.put(entry, p)
                 if rebased is not None:
                     _rebase(layer, rebased, state, undo)
 
@@ -270,16 +334,20 @@ def _rebase(layer: AdaptedLayer, rebased: Affine, state: State, undo: list[Undo]
     new = layer.kind.stored(leaf, layer.site, rebased)
     old = {name: getattr(leaf, name).detach().clone() for name in new}
     for name, tensor in old.items():
-        state.base_values.setdefault(f"{layer.site.name}.{name}", tensor)
+        state.base_values.setdefault(f"{layer.site.owner}.{name}", tensor)
     undo.append(lambda: layer.write(old, (), {}))
     layer.write(new, (), {})
 
 
-def _placed(placement: Placement) -> AdaptedLayer:
+def _standing(placement: Placement) -> AdaptedLayer | None:
+    """Return the adapted layer at a place, from an earlier adapter or an earlier placement of this plan."""
     parent, name = placement.place.parents[0]
     layer = parent._modules[name]
-    assert isinstance(layer, AdaptedLayer)
-    return layer
+    while isinstance(layer, AdaptedLayer):
+        if layer.site.parameter == placement.site.parameter:
+            return layer
+        layer = layer.base_layer
+    return None
 
 
 def adapter_parameters(state: State, names: Iterable[str]) -> list[nn.Parameter]:
@@ -295,17 +363,14 @@ def adapter_parameters(state: State, names: Iterable[str]) -> list[nn.Parameter]
         for name in wanted & layer.entries.keys():
             for entry in layer.entries[name]:
                 for _, containers, leaf in entry.places:
-                    holder: Any = entry.home if entry.home is not None else layer
-                    for part in containers:
-                        holder = holder._modules[part]
-                    tensor = getattr(holder._modules[name], leaf) if leaf else holder[name]
+                    tensor = find_tensor(entry.home if entry.home is not None else layer, name, containers, leaf)
                     if isinstance(tensor, nn.Parameter):
                         found[id(tensor)] = tensor
     for name in wanted:
-        module = state.shared._modules.get(name)
-        if module is not None:
-            for parameter in module.parameters():
-                found[id(parameter)] = parameter
+        for slot in state.records[name].shared.values():
+            tensor = find_tensor(state.shared, name, *slot.place)
+            if isinstance(tensor, nn.Parameter):
+                found[id(tensor)] = tensor
     return list(found.values())
 
 
@@ -347,6 +412,9 @@ def set_active(state: State, names: Iterable[str], trainable: bool | None = None
     if len(set(wanted)) < len(wanted):
         raise StateError(f"an adapter can be active once only, found {list(wanted)}")
     for layer in state.layers():
+        if isinstance(layer, AdaptedLayer):
+            layer.check_active(wanted)
+    for layer in state.layers():
         layer.follow()
     state.active = wanted
     state.touch()
@@ -359,19 +427,20 @@ def delete(model: nn.Module, state: State, name: str) -> None:
     """Remove one adapter; layers that end without any are taken out too.
 
     Raises:
-        StateError: it is merged.
+        UnknownAdapterError: there is no such adapter.
+        MergeError: it is merged.
     """
     state.record(name)
     for layer in state.layers():
         if name in layer._merged:
-            raise StateError(f"adapter {name!r} is merged into {layer.site.name!r}; unmerge it before deleting it")
+            raise MergeError(f"adapter {name!r} is merged into {layer.site.name!r}; unmerge it before deleting it")
     for layer in list(state.layers()):
         if isinstance(layer, ModuleCopies):
             layer.modules_to_save._modules.pop(name, None)
         else:
             dismount(layer, name)
-    state.shared._modules.pop(name, None)
-    del state.records[name]
+    drop_shared(state, state.records.pop(name).shared, name)
+    register_shared(model, state)
     state.active = tuple(active for active in state.active if active != name)
     state.touch()
 
@@ -382,30 +451,44 @@ def eject(model: nn.Module, state: State, *, restore: bool = True) -> nn.Module:
     Args:
         restore: also give back what training changed in the base (biases); False keeps it, as after a merge.
     """
-    for place in places(model):
+    everything = places(model)
+    for place in everything:
         if isinstance(place.module, AdaptedLayer):
-            original = place.module.get_base_layer()
-            if restore:
-                place.module.restore()
+            refuse_shell(place.path, place.module)
+    settle()
+    for place in everything:
+        if isinstance(place.module, AdaptedLayer):
+            original = _lowered(place.module, restore)
         elif isinstance(place.module, ModuleCopies):
             original = place.module.original_module if restore else place.module.current()
         else:
             continue
         for parent, name in place.parents:
             setattr(parent, name, original)
+    restore_readers(model)
     _restore_grad(model, state.base_grad)
     if restore and state.base_values:
         named = dict(model.named_parameters())
         with torch.no_grad():
             for name, value in state.base_values.items():
-                named[name].copy_(value)
+                named[name].copy_(scatter(value, named[name]))
     state.records.clear()
     state.active = ()
+    unregister_shared(model, state)
     state.shared._modules.clear()
     state.base_values.clear()
     state._layers.clear()
     state.touch()
     return model
+
+
+def _lowered(layer: AdaptedLayer, restore: bool) -> nn.Module:
+    """Return the base layer, with what tensor parallelism hangs on it, and unmerged if it is to be restored."""
+    if restore:
+        layer.restore()
+    below = layer.base_layer
+    lower(layer, below)
+    return _lowered(below, restore) if isinstance(below, AdaptedLayer) else below
 
 
 def _restore_grad(model: nn.Module, before: dict[str, bool]) -> None:

@@ -16,6 +16,7 @@ from inlay.core import storage
 from inlay.core.affine import Affine, Site
 from inlay.core.route import split_rows
 from inlay.core.slot import Slot
+from inlay.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from inlay.core.layer import AdaptedLayer
@@ -34,12 +35,14 @@ class Kind:
     Class attributes:
         name: the key of the fast-path table.
         activation: False where only ``rewrite`` makes sense (``nn.MultiheadAttention``, bare parameters).
+        peft_skips_dropout: PEFT takes a dropout there and never applies it.
         all_linear: whether ``target_modules="all-linear"`` means layers of this kind.
         weight_name, bias_name: the parameters' names.
     """
 
     name: ClassVar[str]
     activation: ClassVar[bool] = True
+    peft_skips_dropout: ClassVar[bool] = False
     all_linear: ClassVar[bool] = False
     weight_name: ClassVar[str] = "weight"
     bias_name: ClassVar[str] = "bias"
@@ -79,15 +82,28 @@ class Kind:
         """The inverse of :meth:`to_matrix`."""
         return weight
 
+    def stored_dims(self, site: Site) -> tuple[str, ...]:
+        """Name the axes of the stored weight: ``experts``, ``out``, ``in``, ``kernel``."""
+        return (*["experts"] * len(site.experts), "out", "in", *["kernel"] * len(site.kernel))
+
     def read(self, module: Any, site: Site) -> Affine:
         """Return the module's map; plain weights are not copied."""
         bias = storage.read(module, self.bias_name) if site.bias else None
         return Affine(self.to_matrix(site, storage.read(module, self.weight_name)), bias)
 
     def stored(self, module: Any, site: Site, affine: Affine) -> dict[str, Tensor]:
-        """Return what to write so that the module computes ``affine``: stored tensors by parameter name."""
+        """Return what to write so that the module computes ``affine``: stored tensors by parameter name.
+
+        Raises:
+            UnsupportedError: the map has a bias, and the module has no place for one.
+        """
         tensors = {self.weight_name: self.from_matrix(site, affine.weight)}
-        if affine.bias is not None and site.bias:
+        if affine.bias is not None:
+            if not site.bias:
+                raise UnsupportedError(
+                    f"{site.name!r} ({type(module).__name__}) has no bias, so an update with a bias cannot be written "
+                    "into it; it runs unmerged where the layer has a forward pass of its own"
+                )
             tensors[self.bias_name] = affine.bias
         return tensors
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from inlay.core.kind import Kind
 from inlay.core.method import Method, P
 from inlay.core.slot import Slot
 from inlay.core.state import BASE, State
-from inlay.errors import RoutingError, StateError
+from inlay.errors import RoutingError, StateError, UnsupportedError
+from inlay.parallel.tensors import gather, is_distributed, replicate, scatter
 
-__all__ = ["AdaptedLayer", "AdapterTensors", "Entry", "OptionView"]
+__all__ = ["AdaptedLayer", "AdapterTensors", "Entry", "OptionView", "find_tensor"]
 
 
 class AdapterTensors(nn.Module):
@@ -77,11 +78,13 @@ class Entry:
         method, site: as planned.
         options: the site's numbers; changed through the layer's views.
         places: (role, containers below the layer, attribute below the adapter's name) of each slot.
+        shared: the same for the tensors that all layers share, below ``state.shared``.
         home: the module that holds the containers: the layer itself, or another one for tied tensors.
+        mesh: the device mesh that the base weight is spread over by tensor parallelism, if it is.
         skip_probability: chance of leaving the adapter out of one training forward (``module_dropout``).
     """
 
-    __slots__ = ("home", "method", "name", "options", "places", "site", "skip_probability")
+    __slots__ = ("home", "mesh", "method", "name", "options", "places", "shared", "site", "skip_probability")
 
     def __init__(self, name: str, method: Method, site: Site, slots: dict[str, Slot]) -> None:
         self.name = name
@@ -89,8 +92,18 @@ class Entry:
         self.site = site
         self.options: dict[str, Any] = method.options(site)
         self.places = tuple((role, *slot.place) for role, slot in slots.items())
+        self.shared: tuple[tuple[str, tuple[str, ...], str], ...] = ()
         self.home: nn.Module | None = None
-        self.skip_probability = float(getattr(method.config, "module_dropout", 0.0) or 0.0)
+        self.mesh: Any = None
+        self.skip_probability = method.skip_probability
+
+
+def find_tensor(home: nn.Module, adapter: str, containers: tuple[str, ...], leaf: str) -> Tensor:
+    """Return the tensor that a slot's place means below ``home``."""
+    holder: Any = home
+    for part in containers:
+        holder = holder._modules[part]
+    return getattr(holder._modules[adapter], leaf) if leaf else holder[adapter]
 
 
 class OptionView(MutableMapping[str, Any]):
@@ -201,10 +214,28 @@ class AdaptedLayer(nn.Module):
     def override(self, active: tuple[str, ...] | None = None, enabled: bool | None = None) -> None:
         """Give this layer active adapters (or an on/off switch) of its own; None leaves the old answer."""
         if active is not None:
+            self.check_active(active)
             self.__dict__["_own_active"] = active
         if enabled is not None:
             self.__dict__["_own_enabled"] = enabled
         self.state.touch()
+
+    def check_active(self, names: Iterable[str]) -> None:
+        """Refuse adapters that cannot be active together here, on top of what is merged.
+
+        Raises:
+            UnsupportedError: names the two and says why.
+        """
+        below: list[Entry] = []
+        for name in dict.fromkeys((*self._merged, *names)):
+            for entry in self.entries.get(name, ()):
+                for other in below:
+                    reason = entry.method.conflict(entry.site, other.method)
+                    if reason is not None:
+                        raise UnsupportedError(
+                            f"{self.site.name!r}: {name!r} and {other.name!r} cannot be active together: {reason}"
+                        )
+                below.append(entry)
 
     def follow(self) -> None:
         """Follow the model's state again."""
@@ -229,8 +260,8 @@ class AdaptedLayer(nn.Module):
 
     # -- tensors ------------------------------------------------------------------------------------------------------
 
-    def params(self, entry: Entry) -> P:
-        """Return an entry's tensors by role, with its numbers."""
+    def params(self, entry: Entry, whole: bool = False) -> P:
+        """Return an entry's tensors by role, with its numbers; ``whole`` gathers them from every process."""
         home = entry.home if entry.home is not None else self
         dropout = None
         if entry.method.dropout_field is not None:
@@ -242,25 +273,38 @@ class AdaptedLayer(nn.Module):
         for option, value in entry.options.items():
             setattr(p, option, value)
         for role, containers, leaf in entry.places:
-            holder: Any = home
-            for part in containers:
-                holder = holder._modules[part]
-            setattr(p, role, getattr(holder._modules[entry.name], leaf) if leaf else holder[entry.name])
-        shared = self.state.shared._modules.get(entry.name)
-        if shared is not None:
-            for role, tensor in (*shared._buffers.items(), *shared._parameters.items()):
-                setattr(p, role, tensor)
+            tensor = find_tensor(home, entry.name, containers, leaf)
+            setattr(p, role, gather(tensor) if whole else tensor)
+        for role, containers, leaf in entry.shared:
+            tensor = find_tensor(self.state.shared, entry.name, containers, leaf)
+            if whole:
+                tensor = gather(tensor)
+            elif entry.mesh is not None:
+                tensor = replicate(tensor, entry.mesh)
+            setattr(p, role, tensor)
         return p
 
-    def present_affine(self) -> Affine:
-        """The map of the base layer as it stands, with what is merged into it."""
+    @torch.no_grad()
+    def put(self, entry: Entry, p: P) -> None:
+        """Write whole tensors of an entry back to where :meth:`params` gathered them from."""
+        home = entry.home if entry.home is not None else self
+        for role, containers, leaf in entry.places:
+            tensor = find_tensor(home, entry.name, containers, leaf)
+            if is_distributed(tensor):
+                tensor.copy_(scatter(getattr(p, role), tensor))
+
+    def present_affine(self, whole: bool = False) -> Affine:
+        """The map of the base layer as it stands, with what is merged into it; ``whole`` gathers it."""
         leaf = self.leaf_layer
         with storage.onloaded(leaf):
-            return self.kind.read(leaf, self.site)
+            present = self.kind.read(leaf, self.site)
+        if not whole:
+            return present
+        return Affine(gather(present.weight), None if present.bias is None else gather(present.bias))
 
-    def base_affine(self) -> Affine:
-        """The map of the untouched layer, also while something is merged."""
-        present = self.present_affine()
+    def base_affine(self, whole: bool = False) -> Affine:
+        """The map of the untouched layer, also while something is merged; ``whole`` gathers it."""
+        present = self.present_affine(whole)
         if not self._merged:
             return present
         kept = self._kept
@@ -269,22 +313,27 @@ class AdaptedLayer(nn.Module):
                 f"{self.site.name!r}: the untouched weight is needed and was not kept when adapters were merged; "
                 "merge with keep='copy'"
             )
-        weight = kept[self.kind.weight_name].to(present.weight.device)
-        bias = kept.get(self.kind.bias_name)
-        return Affine(self.kind.to_matrix(self.site, weight), present.bias if bias is None else bias.to(weight.device))
+        device = present.weight.device
+        tensors = {name: tensor.to(device) for name, tensor in kept.items()}
+        if not is_distributed(present.weight):  # FSDP2 has the present weight gathered, or the caller wants it whole
+            tensors = {name: gather(tensor) for name, tensor in tensors.items()}
+        weight = self.kind.to_matrix(self.site, tensors[self.kind.weight_name])
+        return Affine(weight, tensors.get(self.kind.bias_name, present.bias))
 
-    def fold(self, chain: tuple[Entry, ...], dtype: torch.dtype | None = None) -> Affine:
+    def fold(self, chain: tuple[Entry, ...], dtype: torch.dtype | None = None, whole: bool = False) -> Affine:
         """Return the map with the entries of ``chain`` written into it, in weight space.
 
-        ``dtype`` raises the base first, so that a merge rounds once.
+        ``dtype`` raises the base first, so that a merge rounds once; ``whole`` gathers every tensor from every process.
         """
-        layer = self.present_affine()
-        base = self.base_affine() if self._merged else layer
+        layer = self.present_affine(whole)
+        reads_base = not all(entry.method.additive for entry in chain)
+        base = self.base_affine(whole) if self._merged and reads_base else layer
         if dtype is not None:
-            layer = Affine(layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
-            base = Affine(base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype))
+            same = layer is base
+            layer = layer.to(dtype)
+            base = layer if same else base.to(dtype)
         for entry in chain:
-            layer = entry.method.rewrite(entry.site, self.params(entry), layer, base)
+            layer = entry.method.rewrite(entry.site, self.params(entry, whole), layer, base)
         return layer
 
     def merged_tensors(self, chain: tuple[Entry, ...]) -> dict[str, Tensor]:
@@ -292,7 +341,7 @@ class AdaptedLayer(nn.Module):
         leaf = self.leaf_layer
         weight = self.kind.weight_dtype(leaf)
         with torch.no_grad():
-            folded = self.fold(chain, merge_dtype(weight or torch.float32))
+            folded = self.fold(chain, merge_dtype(weight or torch.float32), whole=True)
         return self.kind.stored(leaf, self.site, folded)
 
     # -- forward ------------------------------------------------------------------------------------------------------
@@ -306,7 +355,7 @@ class AdaptedLayer(nn.Module):
             if call.state is self.state:
                 if call.disabled:
                     return self._run((), args, kwargs, off=True)
-                if call.names is not None:
+                if call.names is not None and self.enabled:
                     return self._routed(call, args, kwargs)
                 break
         return self._run(self.chain(), args, kwargs, off=not self.enabled)
@@ -333,6 +382,7 @@ class AdaptedLayer(nn.Module):
     def _routed(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run each adapter on the samples that ask for it."""
         assert call.names is not None
+        x = args[0] if args else next(iter(kwargs.values()))
         if self._merged:
             raise RoutingError(
                 f"{self.site.name!r} has adapters merged ({', '.join(self._merged)}); unmerge them before choosing "
@@ -340,10 +390,12 @@ class AdaptedLayer(nn.Module):
             )
         wanted = {name if name in self.entries else BASE for name in call.names}
         if len(wanted) == 1:
-            return self._run(self.entries.get(wanted.pop(), ()), args, kwargs)
-        return self.kind.routed(
-            self, call.names, lambda name, a, k: self._run(self.entries.get(name, ()), a, k), args, kwargs
-        )
+            return self._run_named(wanted.pop(), args, kwargs)
+        return self.kind.routed(self, call.names_for(x), self._run_named, args, kwargs)
+
+    def _run_named(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the layer with one adapter over it, or bare where it lacks that adapter."""
+        return self._run(self.entries.get(name, ()), args, kwargs)
 
     # -- peft's surface of a layer ------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from torch import nn
 from inlay.core import storage
 from inlay.core.affine import Site
 from inlay.core.dtype import adapter_dtype
-from inlay.core.extend import extend_plan
+from inlay.core.extend import extend_plan, readable, without_companions
 from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
@@ -26,6 +26,8 @@ from inlay.core.slot import Slot
 from inlay.core.state import State, check_adapter_name, find_state
 from inlay.core.targets import ALL_LINEAR, Place, linear_paths, places, shortened
 from inlay.errors import InlayWarning, NoTargetError, TargetError, UnsupportedError, did_you_mean, nearest
+from inlay.parallel.fsdp import refuse_managed
+from inlay.parallel.placement import Layout, layout_of
 
 __all__ = ["Placement", "Plan", "plan"]
 
@@ -42,7 +44,8 @@ class Placement:
         pattern: the pattern that chose it.
         options: the method's numbers there.
         method: the method there, if it is not the plan's own (trainable tokens inside another method).
-        under: containers that the slots are mounted below (``token_adapter``).
+        dtype, device: of the tensors.
+        layout: how the tensors are spread over processes, as the base weight is; None where it is not.
     """
 
     place: Place
@@ -54,6 +57,7 @@ class Placement:
     method: Method
     dtype: torch.dtype
     device: torch.device
+    layout: Layout | None = None
 
     @property
     def numel(self) -> int:
@@ -176,48 +180,59 @@ def plan(
         setattr(method.config, field_name, copy.deepcopy(value))
     everything = places(model)
     chosen = _choose(made, everything)
-    for place, pattern in chosen:
+    for place, pattern in without_companions(chosen):
         made.matched.setdefault(pattern, []).append(place.path)
         made.placements.append(place_method(made, place, pattern, method))
     extend_plan(made, everything)
     _plan_copies(made, everything)
     if not made.placements and not made.copies:
         raise NoTargetError(_nothing_matched(made, everything))
+    refuse_managed((p.place.path, p.place.base) for p in made.placements)
+    refuse_managed((place.path, place.module) for place, _ in made.copies)
     made.shared = method.shared_slots([p.site for p in made.placements if p.method is method])
     _plan_biases(made)
     _check_patterns(made)
     return made
 
 
-def place_method(made: Plan, place: Place, pattern: str, method: Method) -> Placement:
-    """Resolve one method at one place.
+def place_method(
+    made: Plan, place: Place, pattern: str, method: Method, kind: Kind | None = None, site: Site | None = None
+) -> Placement:
+    """Resolve one method at one place, which is a layer unless ``kind`` and ``site`` say otherwise.
 
     Raises:
         TargetError: no layer kind knows the module.
         UnsupportedError: the method refuses the site.
     """
     base = place.base
-    kind = kind_of(base)
+    kind = kind or kind_of(base)
     if kind is None:
         raise TargetError(
             f"{place.path!r}, matched by {pattern!r}, is a {type(base).__name__}, which is no layer that can be "
             "adapted (supported: linear, convolution, embedding, norm and attention layers); name the layers inside it"
         )
-    site = kind.site(place.path, base)
-    reason = method.refuse(site) or _undroppable(kind, method) or _unreadable(made, place)
+    reason = None if site is not None else _unreadable(made, place)
+    site = site or kind.site(place.path, base)
+    reason = reason or method.refuse(site) or _weightless(made, kind, method)
     if reason is not None:
-        raise UnsupportedError(f"{method.config.peft_type.value} on {place.path!r} ({type(base).__name__}): {reason}")
+        raise UnsupportedError(f"{method.config.peft_type.value} on {site.name!r} ({type(base).__name__}): {reason}")
     note = method.note(site)
     if note is not None:
         warnings.warn(f"{place.path!r}: {note}", InlayWarning, stacklevel=4)
     weight = getattr(base, kind.weight_name)
     dtype = adapter_dtype(storage.floating_dtype(base, kind.weight_name), made.autocast)
-    return Placement(place, site, kind, method.slots(site), pattern, method.options(site), method, dtype, weight.device)
+    layout = layout_of(base, kind, site)
+    slots, options = method.slots(site), method.options(site)
+    return Placement(place, site, kind, slots, pattern, options, method, dtype, weight.device, layout)
 
 
-def _undroppable(kind: Kind, method: Method) -> str | None:
-    """Dropout belongs to a forward pass; where only the weight is rewritten there is none to drop from."""
+def _weightless(made: Plan, kind: Kind, method: Method) -> str | None:
+    """What belongs to a forward pass has no place where only the weight is rewritten."""
     if kind.activation:
+        return None
+    if not method.mergeable:
+        return f"{type(method).__name__} depends on the layer's input, and here the layer only gets another weight"
+    if kind.peft_skips_dropout and made.policy.name == "peft":
         return None
     for name in (method.dropout_field, "module_dropout", "rank_dropout"):
         value = getattr(method.config, name, None) if name is not None else None
@@ -243,6 +258,8 @@ def _choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
         return []
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         paths = linear_paths(made.model, everything, config.task_type)
+        if made.policy.strict_targets:
+            paths = readable(paths, everything)
         made.resolved["target_modules"] = set(shortened(paths, (place.path for place in everything)))
 
         def match(path: str) -> str | None:
@@ -347,11 +364,12 @@ def _plan_biases(made: Plan) -> None:
     if mode == "all":
         made.biases = [name for name, _ in made.model.named_parameters() if name.rpartition(".")[2] == "bias"]
     elif mode.endswith("_only"):
-        made.biases = [
-            f"{p.place.path}{'.base_layer' if isinstance(p.place.module, AdaptedLayer) else ''}.bias"
+        owned = {
+            id(p.place.base._parameters[p.kind.bias_name])
             for p in made.placements
-            if p.site.bias and p.site.parameter is None
-        ]
+            if p.site.bias and p.kind.bias_name == "bias"  # PEFT trains biases of that name only
+        }
+        made.biases = [name for name, p in made.model.named_parameters() if id(p) in owned]
     else:
         raise UnsupportedError(f"bias={mode!r} is not one of 'none', 'all' and '{made.method.prefix}only'")
 

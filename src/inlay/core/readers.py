@@ -1,0 +1,59 @@
+"""Modules that read the weights of their children and never call them would skip adapters in silence.
+
+``nn.TransformerEncoderLayer`` hands the weights of all its layers to one fused function in eval mode, and
+``nn.TransformerEncoder`` packs padded batches for it. Both have a switch, which is turned off while something below
+is adapted. The old value stays on the module itself, so a copy or a pickle can be ejected too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from inlay.core.layer import AdaptedLayer
+from inlay.core.mount import ModuleCopies
+
+__all__ = ["restore_readers", "silence_readers"]
+
+# class -> (attribute, value that makes it call its layers)
+_SWITCHES: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+_KEPT = "_inlay_switch"
+
+
+def _readers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    for module in model.modules():
+        for cls, (attribute, calling) in _SWITCHES.items():
+            if isinstance(module, cls) and attribute in module.__dict__:
+                yield module, attribute, calling
+
+
+def _adapted(module: nn.Module) -> bool:
+    return any(isinstance(child, (AdaptedLayer, ModuleCopies)) for child in module.modules())
+
+
+def silence_readers(model: nn.Module) -> Callable[[], None]:
+    """Turn the switches off wherever something below is adapted; returns the way back."""
+    changed = []
+    for module, attribute, calling in _readers(model):
+        if _KEPT not in module.__dict__ and _adapted(module):
+            module.__dict__[_KEPT] = module.__dict__[attribute]
+            module.__dict__[attribute] = calling
+            changed.append((module, attribute))
+
+    def back() -> None:
+        for module, attribute in changed:
+            module.__dict__[attribute] = module.__dict__.pop(_KEPT)
+
+    return back
+
+
+def restore_readers(model: nn.Module) -> None:
+    """Turn the switches back wherever nothing below is adapted any more."""
+    for module, attribute, _ in _readers(model):
+        if _KEPT in module.__dict__ and not _adapted(module):
+            module.__dict__[attribute] = module.__dict__.pop(_KEPT)
