@@ -1,1 +1,156 @@
-"""Inlay."""
+"""Inlay puts small trainable adapters into a frozen PyTorch model, in place, and takes them out again.
+
+Names are loaded when they are used: importing the package imports torch and nothing larger.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# Public name -> the module that defines it, under the same name.
+_HOMES: dict[str, str] = {
+    **dict.fromkeys(["get_base_model_state_dict", "set_base_model_state_dict"], "inlay.models.base_weights"),
+    **dict.fromkeys(
+        ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"], "inlay.checkpoint"
+    ),
+    **dict.fromkeys(["PeftConfig", "PeftType", "TaskType"], "inlay.config"),
+    **dict.fromkeys(
+        ["get_peft_config", "get_peft_model", "inject", "inject_adapter_in_model", "plan"], "inlay.models.entry"
+    ),
+    **dict.fromkeys(["get_layer_status", "get_model_status"], "inlay.models.status"),
+    **dict.fromkeys(
+        ["cast_mixed_precision_params", "prepare_model_for_kbit_training", "shift_tokens_right"],
+        "inlay.models.preparing",
+    ),
+    **dict.fromkeys(
+        [
+            "PeftModelForCausalLM",
+            "PeftModelForFeatureExtraction",
+            "PeftModelForQuestionAnswering",
+            "PeftModelForSeq2SeqLM",
+            "PeftModelForSequenceClassification",
+            "PeftModelForTokenClassification",
+        ],
+        "inlay.models.tasks",
+    ),
+    **dict.fromkeys(
+        [
+            "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+            "PEFT_TYPE_TO_CONFIG_MAPPING",
+            "PEFT_TYPE_TO_TUNER_MAPPING",
+        ],
+        "inlay.models.mappings",
+    ),
+    **dict.fromkeys(
+        [
+            "AutoPeftModel",
+            "AutoPeftModelForCausalLM",
+            "AutoPeftModelForFeatureExtraction",
+            "AutoPeftModelForQuestionAnswering",
+            "AutoPeftModelForSeq2SeqLM",
+            "AutoPeftModelForSequenceClassification",
+            "AutoPeftModelForTokenClassification",
+        ],
+        "inlay.models.auto",
+    ),
+    **dict.fromkeys(
+        [
+            "FourierFTModel",
+            "IA3Model",
+            "LNTuningModel",
+            "LoHaModel",
+            "LoraModel",
+            "OFTModel",
+            "TrainableTokensModel",
+            "VeraModel",
+        ],
+        "inlay.models.tuner",
+    ),
+    **dict.fromkeys(["LoraConfig", "LoraRuntimeConfig"], "inlay.methods.lora"),
+    "FourierFTConfig": "inlay.methods.fourierft",
+    "IA3Config": "inlay.methods.ia3",
+    "InlayError": "inlay.errors",
+    "InlayWarning": "inlay.errors",
+    "LNTuningConfig": "inlay.methods.ln_tuning",
+    "LoHaConfig": "inlay.methods.loha",
+    "OFTConfig": "inlay.methods.oft",
+    "PeftMixedModel": "inlay.models.mixed",
+    "PeftModel": "inlay.models.peft_model",
+    "TrainableTokensConfig": "inlay.methods.trainable_tokens",
+    "VeraConfig": "inlay.methods.vera",
+    "call": "inlay.models.root",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "FourierFTConfig",
+    "FourierFTModel",
+    "IA3Config",
+    "IA3Model",
+    "InlayError",
+    "InlayWarning",
+    "LNTuningConfig",
+    "LNTuningModel",
+    "LoHaConfig",
+    "LoHaModel",
+    "LoraConfig",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "OFTConfig",
+    "OFTModel",
+    "PeftConfig",
+    "PeftMixedModel",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "TaskType",
+    "TrainableTokensConfig",
+    "TrainableTokensModel",
+    "VeraConfig",
+    "VeraModel",
+    "call",
+    "cast_mixed_precision_params",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject",
+    "inject_adapter_in_model",
+    "load_peft_weights",
+    "plan",
+    "prepare_model_for_kbit_training",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+    "shift_tokens_right",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -22,7 +22,7 @@ import torch.utils.checkpoint as torch_checkpoint
 if TYPE_CHECKING:
     from inlay.core.state import State
 
-__all__ = ["Call", "calls_in_force", "opened"]
+__all__ = ["Call", "call_of", "calls_in_force", "opened"]
 
 _CHECKPOINT_FILE = torch_checkpoint.__file__
 _MARK = "_inlay_calls"
@@ -36,11 +36,23 @@ class Call:
         state: the model it belongs to; layers of other models ignore it.
         names: adapter by sample (``__base__`` for none), or None.
         disabled: no adapter at all.
+        expand: beams or return sequences per sample; a layer may see that many rows of each, one after the other.
     """
 
     state: State
     names: tuple[str, ...] | None = None
     disabled: bool = False
+    expand: int = 1
+
+    def names_for(self, x: Any) -> tuple[str, ...]:
+        """Return the adapter of each row of a layer's input."""
+        assert self.names is not None
+        if self.expand > 1:
+            rows = len(self.names) * self.expand
+            sides = x.shape[:2]
+            if rows in sides and len(self.names) not in sides:
+                return tuple(name for name in self.names for _ in range(self.expand))
+        return self.names
 
 
 class _Local(threading.local):
@@ -51,12 +63,14 @@ _local = _Local()
 
 
 @contextmanager
-def opened(state: State, *, names: Sequence[str] | None = None, disabled: bool | None = None) -> Iterator[Call]:
+def opened(
+    state: State, *, names: Sequence[str] | None = None, disabled: bool | None = None, expand: int = 1
+) -> Iterator[Call]:
     """Open a call on ``state`` for the running thread; what is not given is inherited from the enclosing one."""
     before = _local.calls
     call = next((outer for outer in reversed(before) if outer.state is state), None) or Call(state)
     if names is not None:
-        call = replace(call, names=tuple(names))
+        call = replace(call, names=tuple(names), expand=expand)
     if disabled is not None:
         call = replace(call, disabled=disabled)
     _local.calls = (*before, call)
@@ -64,6 +78,11 @@ def opened(state: State, *, names: Sequence[str] | None = None, disabled: bool |
         yield call
     finally:
         _local.calls = before
+
+
+def call_of(state: State) -> Call | None:
+    """Return the innermost call that this thread has open on ``state``, outside of any forward too."""
+    return next((call for call in reversed(_local.calls) if call.state is state), None)
 
 
 def calls_in_force() -> tuple[Call, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,18 @@ from inlay.core.affine import LowRank
 from inlay.core.layer import AdaptedLayer, Entry
 from inlay.core.state import State
 from inlay.errors import MergeError, StateError
+from inlay.parallel.fsdp import settle
 
 __all__ = ["merge", "merge_layers", "unmerge"]
 
 
-def merge(state: State, names: Sequence[str] | None = None, *, keep: str = "copy") -> list[str]:
+# Wraps the list of work, to show how far it is; yields its items.
+Progress = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+def merge(
+    state: State, names: Sequence[str] | None = None, *, keep: str = "copy", progress: Progress | None = None
+) -> list[str]:
     """Write adapters into the base weights of every layer that has them; all layers or none.
 
     Args:
@@ -23,6 +31,7 @@ def merge(state: State, names: Sequence[str] | None = None, *, keep: str = "copy
         names: adapters in the order of merging; by default the active ones.
         keep: ``"copy"`` keeps the original weights on the CPU, so that unmerging is bitwise exact and an adapter
             can be switched off while merged; ``"none"`` does not, and cannot be undone.
+        progress: wraps the sequence of layers while they are written.
 
     Returns:
         The names that were merged into at least one layer.
@@ -34,18 +43,23 @@ def merge(state: State, names: Sequence[str] | None = None, *, keep: str = "copy
     names = list(state.active if names is None else names)
     for name in names:
         state.record(name)
-    return merge_layers([layer for layer in state.layers() if isinstance(layer, AdaptedLayer)], names, keep=keep)
+    layers = [layer for layer in state.layers() if isinstance(layer, AdaptedLayer)]
+    return merge_layers(layers, names, keep=keep, progress=progress)
 
 
-def merge_layers(layers: Iterable[AdaptedLayer], names: Sequence[str], *, keep: str = "copy") -> list[str]:
+def merge_layers(
+    layers: Iterable[AdaptedLayer], names: Sequence[str], *, keep: str = "copy", progress: Progress | None = None
+) -> list[str]:
     """Merge adapters into some layers, all or none; see :func:`merge`."""
     if keep not in ("copy", "none"):
         raise ValueError(f"keep must be 'copy' or 'none', found {keep!r}")
+    settle()
     work: list[tuple[AdaptedLayer, tuple[Entry, ...]]] = []
     for layer in layers:
         wanted = [name for name in names if name in layer.entries and name not in layer._merged]
         chain = tuple(entry for name in wanted for entry in layer.entries[name])
         if chain:
+            layer.check_active(wanted)
             _check_order(layer, wanted, chain, keep)
             work.append((layer, chain))
     if keep == "none":
@@ -54,7 +68,7 @@ def merge_layers(layers: Iterable[AdaptedLayer], names: Sequence[str], *, keep: 
                 _rounded(layer, chain)
     written: list[tuple[AdaptedLayer, tuple[str, ...], dict[str, Tensor], dict[str, Tensor]]] = []
     try:
-        for layer, chain in work:
+        for layer, chain in work if progress is None else progress(work):
             new = _rounded(layer, chain)
             leaf = layer.leaf_layer
             if layer._merged and not layer._kept:
@@ -90,6 +104,7 @@ def unmerge(state: State) -> bool:
                 f"{layer.site.name!r}: the original weight was not kept when adapters were merged (keep='none'), so it "
                 "cannot be put back exactly"
             )
+    settle()
     for layer in layers:
         layer.restore()
     return bool(layers)
@@ -122,7 +137,8 @@ def _check_order(layer: AdaptedLayer, wanted: list[str], chain: tuple[Entry, ...
                         f"the two do not commute ({type(entry.method).__name__} over {type(other.method).__name__}); "
                         "merge both, or the lower one first"
                     )
-    rest = [entry for name in layer.active if name not in wanted for entry in layer.entries.get(name, ())]
+    done = {*wanted, *layer._merged}
+    rest = [entry for name in layer.active if name not in done for entry in layer.entries.get(name, ())]
     if keep == "none" and any(not entry.method.additive for entry in rest):
         raise MergeError(
             f"{layer.site.name!r}: an adapter that stays active reads the untouched weight, so it must be kept: "
@@ -150,12 +166,12 @@ def _rounded(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> dict[str, Tensor]
 @torch.no_grad()
 def _proved_finite(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> bool:
     """Whether max|W| + s |B| |A| stays below the largest number of the stored dtype; False if that does not tell."""
-    weight = layer.present_affine().weight
+    weight = layer.present_affine(whole=True).weight
     bound = weight.abs().amax().double()
     for entry in chain:
         if not entry.method.additive:
             return False
-        delta = entry.method.update(entry.site, layer.params(entry))
+        delta = entry.method.update(entry.site, layer.params(entry, whole=True))
         if not isinstance(delta, LowRank) or delta.groups > 1 or delta.bias is not None:
             return False
         rows = delta.B.double().abs().sum(dim=-1).amax()

@@ -10,6 +10,7 @@ from torch import nn
 from inlay.core.call import calls_in_force
 from inlay.core.route import split_rows
 from inlay.core.state import BASE, State
+from inlay.parallel.hooks import rebind
 
 __all__ = ["ModuleCopies"]
 
@@ -78,6 +79,7 @@ class ModuleCopies(nn.Module):
         """Give an adapter its copy: ``module``, or a copy of the original that trains."""
         if module is None:
             module = copy.deepcopy(self.original_module)
+            rebind(module)
         self.modules_to_save._modules[name] = module
 
     def copy_of(self, name: str) -> nn.Module:
@@ -109,9 +111,10 @@ class ModuleCopies(nn.Module):
             if call.state is self.state:
                 if call.disabled:
                     return self.original_module(*args, **kwargs)
-                if call.names is not None:
+                if call.names is not None and self.enabled:
                     held = self.modules_to_save._modules
-                    names = tuple(name if name in held else BASE for name in call.names)
+                    x = args[0] if args else next(iter(kwargs.values()))
+                    names = tuple(name if name in held else BASE for name in call.names_for(x))
                     if len(set(names)) == 1:
                         return self.copy_of(names[0])(*args, **kwargs)
                     return split_rows(

@@ -16,6 +16,8 @@ class Policy:
         strict_targets: a pattern that matches nothing is an error; otherwise only "nothing matched at all" is.
         strict_load: missing or unexpected checkpoint keys are an error; otherwise missing keys warn.
         unfreeze_on_activation: activating an adapter makes it trainable.
+        keep_frozen: an adapter loaded for inference stays frozen when it is activated.
+        any_methods: adapters of different methods may share one plain ``PeftModel``.
         eval_on_load: loading an adapter for inference puts the model in eval mode.
         compute: ``base`` runs adapter products in the input's dtype, ``adapter`` in the adapter's dtype.
         own_seed: initial values come from seed, site and slot; otherwise from torch's global random stream.
@@ -26,6 +28,8 @@ class Policy:
     strict_targets: bool
     strict_load: bool
     unfreeze_on_activation: bool
+    keep_frozen: bool
+    any_methods: bool
     eval_on_load: bool
     compute: str
     own_seed: bool
@@ -37,6 +41,8 @@ INLAY = Policy(
     strict_targets=True,
     strict_load=True,
     unfreeze_on_activation=True,
+    keep_frozen=True,
+    any_methods=True,
     eval_on_load=True,
     compute="base",
     own_seed=True,
@@ -47,6 +53,8 @@ PEFT = Policy(
     strict_targets=False,
     strict_load=False,
     unfreeze_on_activation=True,
+    keep_frozen=False,
+    any_methods=False,
     eval_on_load=True,
     compute="adapter",
     own_seed=False,

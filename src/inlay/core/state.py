@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from inlay.core.layer import AdaptedLayer
     from inlay.core.method import Method
     from inlay.core.mount import ModuleCopies
+    from inlay.core.slot import Slot
 
     Adapted: TypeAlias = AdaptedLayer | ModuleCopies
 
@@ -34,12 +35,14 @@ class Record:
         method: holds its own snapshot of the config, taken at planning.
         seed: what initial values were drawn from.
         frozen: created for inference: activating it does not make it trainable.
+        shared: slots of the tensors that all its layers share, by role; they hang below ``State.shared``.
     """
 
     config: Any
     method: Method
     seed: int
     frozen: bool = False
+    shared: dict[str, Slot] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -52,7 +55,8 @@ class State:
         active: names in activation order; a layer may override it for itself.
         enabled: False switches every adapter off.
         version: grows with every change that a layer's cached chain depends on.
-        shared: tensors that several layers use, one module per adapter, registered at the model's root.
+        shared: home of the tensors that several layers use; its children are registered at the model's root, which
+            gives ``vera_A.<adapter>`` the name that the slot says.
         base_values: base tensors that training or an initialiser may change, as they were (name -> tensor).
         base_grad: ``requires_grad`` of the base parameters before the first adapter came.
     """
@@ -62,18 +66,29 @@ class State:
     active: tuple[str, ...] = ()
     enabled: bool = True
     version: int = 0
-    shared: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    shared: nn.Module = field(default_factory=nn.Module)
     base_values: dict[str, Tensor] = field(default_factory=dict)
     base_grad: dict[str, bool] = field(default_factory=dict)
     _layers: list[weakref.ref[Any]] = field(default_factory=list, repr=False)
+    _holder: weakref.ref[nn.Module] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         # Layers enter themselves when they are rebuilt, so a copy of a subtree splits off a state of its own.
-        return {**self.__dict__, "_layers": []}
+        # So does the module that holds the shared tensors.
+        return {**self.__dict__, "_layers": [], "_holder": None}
 
     def touch(self) -> None:
         """Make every layer resolve its chain anew."""
         self.version += 1
+
+    def hold_shared(self, holder: nn.Module) -> None:
+        """Let ``holder``, a wrapper around the model, register the shared tensors instead of the model itself."""
+        self._holder = weakref.ref(holder)
+
+    def holder(self, root: nn.Module) -> nn.Module:
+        """Return the module that registers the shared tensors: ``root``, unless a wrapper does."""
+        held = None if self._holder is None else self._holder()
+        return root if held is None else held
 
     def enter(self, layer: Adapted) -> None:
         """Add an adapted layer (layers do this themselves)."""

@@ -11,6 +11,7 @@ from torch import nn
 from inlay.core.kind import kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
+from inlay.core.shared import shared_names
 
 __all__ = ["ALL_LINEAR", "Place", "linear_paths", "places", "shortened"]
 
@@ -47,8 +48,9 @@ def places(model: nn.Module) -> list[Place]:
     while todo:
         prefix, parent = todo.pop()
         children: list[tuple[str, nn.Module]] = []
+        passed = shared_names(parent)
         for name, child in parent._modules.items():
-            if child is None:
+            if child is None or name in passed:
                 continue
             path = f"{prefix}.{name}" if prefix else name
             known = found.get(id(child))

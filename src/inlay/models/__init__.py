@@ -1,0 +1,1 @@
+"""Adapted models: the wrapper with its task classes, entry functions, status."""

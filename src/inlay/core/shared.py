@@ -1,0 +1,51 @@
+"""Tensors that several layers of a model use: registered once, at a root, and held by the state."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from inlay.core.state import State
+from inlay.errors import StateError
+
+__all__ = ["register_shared", "shared_names", "unregister_shared"]
+
+_NAMES = "_shared_names"
+
+
+def shared_names(holder: nn.Module) -> tuple[str, ...]:
+    """Return the names of the children that are shared tensors and no part of the model."""
+    return holder.__dict__.get(_NAMES, ())
+
+
+def register_shared(root: nn.Module, state: State) -> None:
+    """Make the state's shared tensors children of the model, or of its wrapper, so that they move and save with it.
+
+    Raises:
+        StateError: there is an attribute of the name that a shared tensor needs.
+    """
+    holder = state.holder(root)
+    if holder is not root:
+        _drop_names(root)
+    known = shared_names(holder)
+    new = state.shared._modules
+    for name in new:
+        if name not in known and hasattr(holder, name):
+            raise StateError(
+                f"{type(holder).__name__} already has an attribute {name!r}, which is the name of tensors that its "
+                "adapters share"
+            )
+    _drop_names(holder)
+    if new:
+        holder._modules.update(new)
+        holder.__dict__[_NAMES] = tuple(new)
+
+
+def unregister_shared(root: nn.Module, state: State) -> None:
+    """Undo :func:`register_shared`."""
+    for holder in (root, state.holder(root)):
+        _drop_names(holder)
+
+
+def _drop_names(holder: nn.Module) -> None:
+    for name in holder.__dict__.pop(_NAMES, ()):
+        holder._modules.pop(name, None)

@@ -1,0 +1,50 @@
+"""Adapters of different methods on one model."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from inlay.core.policy import INLAY
+from inlay.models.peft_model import PeftModel
+from inlay.models.tuner import AdapterModel
+
+__all__ = ["MixedModel", "PeftMixedModel"]
+
+
+class MixedModel(AdapterModel):
+    """``base_model`` of a :class:`PeftMixedModel`."""
+
+
+class PeftMixedModel(PeftModel):
+    """A model whose adapters may be of any methods, on the same layers and active at once; saves and loads too.
+
+    Adapters on one layer apply in the order of activation, each to what the ones before it made of the layer.
+    """
+
+    keeps_class: ClassVar[bool] = True
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = "default") -> None:
+        self._hold(model, INLAY, MixedModel)
+        self._first(peft_config, adapter_name, True, False)
+
+    def _check_method(self, config: Any) -> None:
+        """Every method is welcome."""
+
+    @property
+    def active_adapter(self) -> list[str]:  # type: ignore[override]
+        """Names of the active adapters; always a list. Can be assigned."""
+        return self.active_adapters
+
+    @active_adapter.setter
+    def active_adapter(self, names: str | list[str]) -> None:
+        self.active_adapters = names  # type: ignore[assignment]
+
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:  # type: ignore[override]
+        """Delete one adapter or several; see :meth:`inlay.PeftModel.delete_adapter`."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            self.state.record(name)
+        for name in names:
+            super().delete_adapter(name)

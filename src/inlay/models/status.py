@@ -1,0 +1,182 @@
+"""What a model's adapters are doing, layer by layer and as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor, nn
+
+from inlay.core import storage
+from inlay.core.call import call_of
+from inlay.core.layer import AdaptedLayer, find_tensor
+from inlay.core.mount import ModuleCopies
+from inlay.core.state import find_state
+from inlay.errors import UnsupportedError
+from inlay.models.counting import count
+
+__all__ = ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"]
+
+Irregular = Literal["irregular"]
+V = TypeVar("V")
+
+
+@dataclass
+class TunerLayerStatus:
+    """One adapted layer.
+
+    Attributes:
+        name: its path below the module that was asked.
+        module_type: method and layer class, such as ``lora.Linear``.
+        enabled: whether its adapters are switched on.
+        active_adapters, merged_adapters: in order, whether or not the layer has them.
+        requires_grad: by adapter; ``"irregular"`` where its tensors differ.
+        available_adapters: those that the layer has, sorted.
+        devices: by adapter.
+        quantization_backend: how the base weight is held, None if plainly.
+    """
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+@dataclass
+class TunerModelStatus:
+    """All adapted layers of a model; ``"irregular"`` where they do not agree."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]] = field(default_factory=dict)
+    quantization_backend: str | list[str] | None = None
+
+
+def layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """Return the status of each adapted layer of a model, bare or wrapped.
+
+    Raises:
+        UnsupportedError: the model has no adapted layer.
+    """
+    state = find_state(model)
+    call = None if state is None else call_of(state)
+    prefix = "base_model." if hasattr(model, "base_model") and "base_model" in model._modules else ""
+    found = []
+    for path, module in model.named_modules():
+        if not isinstance(module, (AdaptedLayer, ModuleCopies)):
+            continue
+        tensors = _tensors(module)
+        found.append(
+            TunerLayerStatus(
+                name=path.removeprefix(prefix),
+                module_type=_module_type(module),
+                enabled=module.enabled and not (call is not None and call.disabled),
+                active_adapters=module.active_adapters,
+                merged_adapters=list(module._merged),
+                requires_grad={name: _common(t.requires_grad for t in held) for name, held in tensors.items()},
+                available_adapters=sorted(tensors),
+                devices={name: sorted({t.device.type for t in held}) for name, held in tensors.items()},
+                quantization_backend=_backend(module),
+            )
+        )
+    if not found:
+        raise UnsupportedError(f"this {type(model).__name__} has no adapted layers, so there is no status to report")
+    return found
+
+
+def model_status(model: nn.Module) -> TunerModelStatus:
+    """Return the status of a model, bare or wrapped.
+
+    Raises:
+        UnsupportedError: the model has no adapted layer.
+    """
+    layers = layer_status(model)
+    state = find_state(model)
+    assert state is not None
+    tuner = model._modules.get("base_model")
+    wrapped = tuner is not None and "_state" in tuner.__dict__
+    base: Any = tuner.model if wrapped else model  # type: ignore[union-attr]
+    adapted = [layer for layer in layers if layer.module_type != _COPIES]
+    trainable, total = count(base)
+    names = sorted({name for layer in layers for name in layer.available_adapters})
+    return TunerModelStatus(
+        base_model_type=type(base).__name__,
+        adapter_model_type=type(tuner).__name__ if wrapped else "None",
+        peft_types={
+            name: str(getattr(r.config.peft_type, "value", r.config.peft_type)) for name, r in state.records.items()
+        },
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=_common(layer.enabled for layer in layers),
+        active_adapters=_common(layer.active_adapters for layer in layers),
+        merged_adapters=_common(layer.merged_adapters for layer in adapted or layers),
+        requires_grad={
+            name: _common(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
+            for name in names
+        },
+        available_adapters=names,
+        devices={
+            name: sorted({device for layer in layers for device in layer.devices.get(name, ())}) for name in names
+        },
+        quantization_backend=_common(layer.quantization_backend for layer in layers),
+    )
+
+
+get_layer_status = layer_status
+get_model_status = model_status
+
+_COPIES = "ModulesToSaveWrapper"
+
+
+def _common(values: Iterable[V]) -> V | Irregular:
+    """Return what all values are, or ``"irregular"``."""
+    values = list(values)
+    return values[0] if all(value == values[0] for value in values) else "irregular"
+
+
+def _tensors(module: AdaptedLayer | ModuleCopies) -> dict[str, list[Tensor]]:
+    """Return the parameters (buffers where there are none) by adapter, in the order of adding."""
+    if isinstance(module, ModuleCopies):
+        return {name: list(copy.parameters()) for name, copy in module.modules_to_save._modules.items() if copy}
+    found = {}
+    for name, entries in module.entries.items():
+        held = [
+            find_tensor(entry.home if entry.home is not None else module, name, containers, leaf)
+            for entry in entries
+            for _, containers, leaf in entry.places
+        ]
+        found[name] = [tensor for tensor in held if isinstance(tensor, nn.Parameter)] or held
+    return found
+
+
+def _module_type(module: AdaptedLayer | ModuleCopies) -> str:
+    """Return the layer's type as PEFT would print it for a method with a layer class of the base layer's name."""
+    if isinstance(module, ModuleCopies):
+        return _COPIES
+    entries = next(iter(module.entries.values()), ())
+    base = type(module.get_base_layer()).__name__
+    layer = "Linear" if base == "Conv1D" else base
+    return f"{str(entries[0].method.config.peft_type.value).lower()}.{layer}" if entries else layer
+
+
+def _backend(module: AdaptedLayer | ModuleCopies) -> str | None:
+    if isinstance(module, ModuleCopies):
+        return None
+    name = storage.storage_of(module.leaf_layer).name
+    return None if name == storage.PLAIN.name else name

@@ -1,0 +1,225 @@
+"""What stands between the wrapper and the bare model: ``peft_model.base_model``, with the model at ``.model``.
+
+PEFT has a class per method there (``LoraModel``, ``IA3Model``, ...), which user code names and prints. Here they are
+one class, :class:`AdapterModel`; the other names exist as empty subclasses, made when they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from inlay.core.inject import set_trainable
+from inlay.core.layer import AdaptedLayer
+from inlay.core.policy import INLAY, Policy
+from inlay.core.registry import method_class, method_types
+from inlay.core.shared import register_shared
+from inlay.core.state import State, find_state
+from inlay.models import operate
+from inlay.models.root import Configs
+
+__all__ = ["AdapterModel", "tuner_class", "tuner_name"]
+
+
+class AdapterModel(nn.Module):
+    """A bare model with adapters in it; attributes that it does not have are the model's.
+
+    Args:
+        model: the bare model, which is changed in place.
+        config: the first adapter's configuration, or ``{adapter_name: configuration}``.
+        adapter_name: its name.
+        low_cpu_mem_usage: create the adapter's tensors on the meta device, for a load to fill.
+        state_dict: an adapter's tensors, whose keys name the layers to adapt instead of the configuration.
+
+    Raises:
+        what :func:`inlay.plan` raises; the model is then unchanged.
+    """
+
+    prefix: ClassVar[str] = ""
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        self._hold(model, INLAY)
+        if isinstance(config, dict):
+            config = config[adapter_name]
+        self.add(config, adapter_name, low_memory=low_cpu_mem_usage, state_dict=state_dict)
+
+    @classmethod
+    def around(cls, model: nn.Module, policy: Policy) -> AdapterModel:
+        """Return a tuner around ``model`` as it is."""
+        self = cls.__new__(cls)
+        self._hold(model, policy)
+        return self
+
+    def _hold(self, model: nn.Module, policy: Policy) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+        self.training = model.training
+        found = find_state(model)
+        self.__dict__["_state"] = found or State(policy=policy)
+        self.state.hold_shared(self)
+        if found is not None:
+            register_shared(model, found)
+
+    @property
+    def state(self) -> State:
+        """The state that all adapted layers share."""
+        return self.__dict__["_state"]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.state.hold_shared(self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    # -- adapters -----------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        config: Any,
+        name: str,
+        *,
+        autocast: bool = True,
+        low_memory: bool = False,
+        initialise: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        then: Callable[[State], object] | None = None,
+    ) -> None:
+        """Put an adapter in; see :func:`inlay.models.operate.add`."""
+        self.__dict__["_state"] = operate.add(
+            self.model,
+            config,
+            name,
+            state=self.state,
+            autocast=autocast,
+            low_memory=low_memory,
+            initialise=initialise,
+            state_dict=state_dict,
+            then=then,
+        )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; see :meth:`inlay.PeftModel.delete_adapter`."""
+        operate.remove(self.model, self.state, adapter_name)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter or several; see :meth:`inlay.PeftModel.set_adapter`."""
+        operate.activate(self.state, adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Switch gradients of adapters on or off, whether they are active or not."""
+        set_trainable(self.state, operate.listed(adapter_names), requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the adapters on again."""
+        operate.set_enabled(self.state, True)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off, in every thread and until they are enabled again."""
+        operate.set_enabled(self.state, False)
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Configurations by adapter name; assigning to a name changes what is saved for it."""
+        held = self.model.__dict__.get("peft_config")
+        return held if isinstance(held, Configs) else Configs(self.state.records)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.state.active)
+
+    @active_adapters.setter
+    def active_adapters(self, names: str | Iterable[str]) -> None:
+        operate.activate(self.state, names)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    @active_adapter.setter
+    def active_adapter(self, names: str | Iterable[str]) -> None:
+        operate.activate(self.state, names)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the adapted layers in the bare model."""
+        return [layer.site.name for layer in self._layers() if layer.site.parameter is None]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths of the parameters that are adapted without their module."""
+        return [f"{site.name}.{site.parameter}" for layer in self._layers() if (site := layer.site).parameter]
+
+    def _layers(self) -> list[AdaptedLayer]:
+        return [layer for layer in self.state.layers() if isinstance(layer, AdaptedLayer)]
+
+    # -- weights --------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write adapters into the base weights; see :meth:`inlay.PeftModel.merge_adapter`."""
+        operate.merge_into(self.state, adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original weights back, bitwise."""
+        operate.unmerge_all(self.state)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Write adapters into the weights and return the bare model; see :meth:`inlay.PeftModel.merge_and_unload`."""
+        return operate.take_out(self.model, self.state, merged=True, names=adapter_names, progressbar=progressbar)
+
+    def unload(self) -> nn.Module:
+        """Take all adapters out and return the bare model with its original modules and weights."""
+        return operate.take_out(self.model, self.state, merged=False)
+
+
+def tuner_name(config_class: type[Any]) -> str:
+    """Return what PEFT calls the tuner of a method: ``LoraModel`` for ``LoraConfig``."""
+    return f"{config_class.__name__.removesuffix('Config')}Model"
+
+
+_classes: dict[str, type[AdapterModel]] = {}
+
+
+def tuner_class(peft_type: Any) -> type[AdapterModel]:
+    """Return the tuner class of a method, an empty subclass of :class:`AdapterModel`.
+
+    Raises:
+        ConfigError: no method of that name exists.
+    """
+    method = method_class(peft_type)
+    name = tuner_name(method.config_class)
+    if name not in _classes:
+        _classes[name] = type(name, (AdapterModel,), {"prefix": method.prefix, "__module__": __name__})
+    return _classes[name]
+
+
+def __getattr__(name: str) -> Any:
+    """Find a tuner class by its name, which is how pickle looks for it."""
+    if name == "MixedModel":
+        return _classes.setdefault(name, type(name, (AdapterModel,), {"__module__": __name__}))
+    if name.endswith("Model"):
+        for peft_type in method_types():
+            if tuner_name(method_class(peft_type).config_class) == name:
+                return tuner_class(peft_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
