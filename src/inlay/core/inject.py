@@ -439,10 +439,27 @@ def delete(model: nn.Module, state: State, name: str) -> None:
             layer.modules_to_save._modules.pop(name, None)
         else:
             dismount(layer, name)
+    _take_out_empty(model, state)
+    restore_readers(model)
     drop_shared(state, state.records.pop(name).shared, name)
     register_shared(model, state)
     state.active = tuple(active for active in state.active if active != name)
     state.touch()
+
+
+def _take_out_empty(model: nn.Module, state: State) -> None:
+    """Put the original module back where no adapter is left."""
+    for place in places(model):
+        if isinstance(place.module, AdaptedLayer) and not place.module.entries:
+            refuse_shell(place.path, place.module)
+            original = _lowered(place.module, restore=False)
+        elif isinstance(place.module, ModuleCopies) and not place.module.modules_to_save._modules:
+            original = place.module.original_module
+        else:
+            continue
+        for parent, name in place.parents:
+            setattr(parent, name, original)
+        state.leave(place.module)
 
 
 def eject(model: nn.Module, state: State, *, restore: bool = True) -> nn.Module:

@@ -151,7 +151,7 @@ def _check(place: Place, names: list[str], targeted: bool) -> None:
             f"target_parameters: {place.path!r} is adapted as a layer, so its parameter {names[0]!r} cannot be adapted "
             "as well; leave it out of target_modules (set target_modules=[] where the model family's defaults name it)"
         )
-    held = [layer.parameter_name for layer in parameter_layers(here)]
+    held = [layer.parameter_name for layer in parameter_layers(here) if layer.entries]
     if held and set(held) != set(names):
         raise UnsupportedError(
             f"target_parameters: another adapter adapts {_listed(held)} of {place.path!r} and this {_listed(names)}; "

@@ -33,7 +33,11 @@ def _readers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def _adapted(module: nn.Module) -> bool:
-    return any(isinstance(child, (AdaptedLayer, ModuleCopies)) for child in module.modules())
+    return any(
+        (isinstance(child, AdaptedLayer) and child.entries)
+        or (isinstance(child, ModuleCopies) and child.modules_to_save)
+        for child in module.modules()
+    )
 
 
 def silence_readers(model: nn.Module) -> Callable[[], None]:
