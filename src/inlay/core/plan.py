@@ -213,7 +213,7 @@ def place_method(
         )
     reason = None if site is not None else _unreadable(made, place)
     site = site or kind.site(place.path, base)
-    reason = reason or method.refuse(site) or _weightless(made, kind, method)
+    reason = reason or method.refuse(site) or _weightless(made, kind, site, method)
     if reason is not None:
         raise UnsupportedError(f"{method.config.peft_type.value} on {site.name!r} ({type(base).__name__}): {reason}")
     note = method.note(site)
@@ -226,12 +226,14 @@ def place_method(
     return Placement(place, site, kind, slots, pattern, options, method, dtype, weight.device, layout)
 
 
-def _weightless(made: Plan, kind: Kind, method: Method) -> str | None:
+def _weightless(made: Plan, kind: Kind, site: Site, method: Method) -> str | None:
     """What belongs to a forward pass has no place where only the weight is rewritten."""
     if kind.activation:
         return None
     if not method.mergeable:
         return f"{type(method).__name__} depends on the layer's input, and here the layer only gets another weight"
+    if not site.bias and "bias" in method.slots(site):
+        return "the update has a bias, and here the layer only gets another weight and has no bias of its own"
     if kind.peft_skips_dropout and made.policy.name == "peft":
         return None
     for name in (method.dropout_field, "module_dropout", "rank_dropout"):

@@ -168,8 +168,7 @@ class LoRA(Method):
         r = self.options(site)["r"]
         if r % site.groups:
             return f"a convolution of {site.groups} groups needs a rank that {site.groups} divides, found r={r}"
-        biasless = site.lookup or site.parameter is not None or (site.elementwise and not site.bias)
-        if self.config.lora_bias and biasless:
+        if self.config.lora_bias and (site.lookup or site.parameter is not None):
             return "lora_bias needs a layer that can have a bias"
         return None
 
