@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from inlay.core.affine import Affine, Delta
 from inlay.core.dtype import product_dtype
 from inlay.kernels.table import apply_delta
-from inlay.parallel.tensors import cut
+from inlay.parallel.tensors import in_blocks
 
 if TYPE_CHECKING:
     from inlay.core.layer import AdaptedLayer, Entry
@@ -62,9 +63,9 @@ class Inner:
         """Return the dtype in which products of ``x`` with an adapter's tensors run."""
         return product_dtype(x, adapter, self.layer.state.policy.compute)
 
-    def blocks(self, x: Tensor, size: int) -> Tensor:
-        """Return features (..., n) as blocks (..., n / size, size), none of them spread over two processes."""
-        return cut(x, size)
+    def in_blocks(self, x: Tensor, size: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a function of blocks (..., n / size, size) to features (..., n); no block lies on two processes."""
+        return in_blocks(x, size, function)
 
     def affine(self) -> Affine:
         """Return the map of what is below, in weight space."""

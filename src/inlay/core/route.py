@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inlay.errors import RoutingError
+from inlay.parallel.tensors import beside
 
 __all__ = ["split_rows"]
 
@@ -44,7 +45,7 @@ def split_rows(
     def part(value: Any, index: Tensor) -> Any:
         if isinstance(value, Tensor) and value.dim() > axis:
             if value.shape[axis] == batch:
-                return value.index_select(axis, index)
+                return value.index_select(axis, beside(index, value))
             if value is x:
                 return value.expand(*value.shape[:axis], len(index), *value.shape[axis + 1 :])
         return value
@@ -62,7 +63,7 @@ def join(outputs: list[Any], inverse: Tensor, axis: int) -> Any:
     """Concatenate tensors (or tuples of them) along ``axis`` and undo the sorting of rows."""
     first = outputs[0]
     if isinstance(first, Tensor):
-        return torch.cat(outputs, dim=axis).index_select(axis, inverse)
+        return torch.cat(outputs, dim=axis).index_select(axis, beside(inverse, first))
     if isinstance(first, tuple):
         return tuple(join([output[i] for output in outputs], inverse, axis) for i in range(len(first)))
     return first

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import UnsupportedError
+from inlay.parallel.tensors import is_distributed, scatter
 
 __all__ = ["Storage", "floating_dtype", "onloaded", "read", "register_storage", "storage_of", "write"]
 
@@ -36,7 +37,8 @@ class Storage:
     @torch.no_grad()
     def write(self, module: nn.Module, name: str, value: Tensor) -> None:
         """Overwrite a tensor in place, rounding to its dtype."""
-        getattr(module, name).copy_(value)
+        stored = getattr(module, name)
+        stored.copy_(scatter(value, stored) if is_distributed(stored) else value)
 
     @contextmanager
     def onloaded(self, module: nn.Module) -> Iterator[None]:

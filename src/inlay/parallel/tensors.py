@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["gather", "is_distributed", "local_share", "replicate", "scatter"]
+__all__ = ["beside", "gather", "in_blocks", "is_distributed", "local_share", "replicate", "scatter"]
 
 
 def is_distributed(tensor: object) -> bool:
@@ -32,10 +33,10 @@ def gather(tensor: Tensor) -> Tensor:
 def scatter(whole: Tensor, like: Tensor) -> Tensor:
     """Return ``whole`` as ``like`` is: in its dtype, on its device, and this process's part where it is spread.
 
-    Needs no communication. The result may share memory with ``whole``.
+    Needs no communication, unless ``whole`` is itself spread, in another way. The result may share memory with it.
 
     Args:
-        whole: the full tensor, the same in every process; a distributed one keeps its placement.
+        whole: the full tensor, the same in every process, or a distributed one.
         like: the tensor whose placement is wanted.
 
     Raises:
@@ -44,12 +45,19 @@ def scatter(whole: Tensor, like: Tensor) -> Tensor:
     if whole.shape != like.shape:
         raise ValueError(f"cannot scatter {tuple(whole.shape)} as a tensor of shape {tuple(like.shape)}")
     whole = whole.detach()
-    if not is_distributed(like) or is_distributed(whole):
+    if is_distributed(whole) and not _alike(whole, like):
+        whole = gather(whole)
+    if is_distributed(whole) or not is_distributed(like):
         return whole.to(device=like.device, dtype=like.dtype)
     local = like.to_local()  # type: ignore[attr-defined]
     share = local_share(whole, like.device_mesh, like.placements)  # type: ignore[attr-defined]
     # a copy, so that a part does not keep the whole alive
     return rewrap(torch.empty_like(share, device=local.device, dtype=local.dtype).copy_(share), like)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two distributed tensors are spread in the same way; False where one is plain."""
+    return is_distributed(other) and one.device_mesh == other.device_mesh and one.placements == other.placements
 
 
 def local_share(whole: Tensor, mesh: Any, placements: tuple[Any, ...]) -> Tensor:
@@ -74,6 +82,33 @@ def rewrap(local: Tensor, like: Tensor) -> Tensor:
         shape=like.shape,
         stride=like.stride(),
     )
+
+
+def beside(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return a tensor that every process has in the form in which it can meet ``other`` in one operator."""
+    return replicate(tensor, other.device_mesh) if is_distributed(other) else tensor  # type: ignore[attr-defined]
+
+
+def in_blocks(x: Tensor, size: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Cut the last axis of ``x`` into blocks, (..., n / size, size), apply a function and put it together again.
+
+    Where processes hold parts of that axis and a block would lie on two of them, every process first gets the whole
+    axis, and in backward its whole gradient.
+    """
+    if not is_distributed(x):
+        return function(x.unflatten(-1, (-1, size))).flatten(-2)
+    from torch.distributed.tensor import Replicate
+
+    mesh, last = x.device_mesh, x.dim() - 1  # type: ignore[attr-defined]
+    uneven = [x.shape[-1] // size % mesh.size(i) != 0 for i in range(mesh.ndim)]
+    placements = [
+        Replicate() if placement.is_shard(last) and uneven[i] else placement
+        for i, placement in enumerate(x.placements)  # type: ignore[attr-defined]
+    ]
+    x = x.redistribute(placements=placements)  # type: ignore[attr-defined]
+    y: Any = function(x.unflatten(-1, (-1, size))).flatten(-2)
+    # Changes nothing, but makes its gradient come in the same placement.
+    return y.redistribute(placements=y.placements)
 
 
 def replicate(tensor: Tensor, mesh: Any) -> Tensor:
