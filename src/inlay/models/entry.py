@@ -12,7 +12,7 @@ from inlay.core.plan import plan as make_plan
 from inlay.core.policy import INLAY, Policy
 from inlay.errors import ConfigTypeError, StateError
 from inlay.models import operate
-from inlay.models.mixed import MixedModel, PeftMixedModel
+from inlay.models.mixed import PeftMixedModel
 from inlay.models.peft_model import PeftModel
 from inlay.models.tasks import wrapper_class
 from inlay.models.tuner import tuner_class
@@ -73,7 +73,7 @@ def wrap(
     """Do what :func:`get_peft_model` does, under a policy."""
     operate.refuse_prompts(config)
     cls: type[PeftModel] = PeftMixedModel if mixed else wrapper_class(config.task_type)
-    wrapper = cls.around(model, policy, MixedModel if mixed else tuner_class(config.peft_type))
+    wrapper = cls.around(model, policy, cls.tuner or tuner_class(config.peft_type))
     wrapper._first(config, name, autocast, low_memory)
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or model.__dict__.get("name_or_path")
     if revision is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch import nn
@@ -24,24 +25,25 @@ class PeftMixedModel(PeftModel):
     """
 
     keeps_class: ClassVar[bool] = True
+    tuner: ClassVar[type[AdapterModel] | None] = MixedModel
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = "default") -> None:
         self._hold(model, INLAY, MixedModel)
         self._first(peft_config, adapter_name, True, False)
 
-    def _check_method(self, config: Any) -> None:
+    def check_method(self, config: Any) -> None:
         """Every method is welcome."""
 
     @property
-    def active_adapter(self) -> list[str]:  # type: ignore[override]
+    def active_adapter(self) -> list[str]:
         """Names of the active adapters; always a list. Can be assigned."""
         return self.active_adapters
 
     @active_adapter.setter
-    def active_adapter(self, names: str | list[str]) -> None:
-        self.active_adapters = names  # type: ignore[assignment]
+    def active_adapter(self, names: str | Iterable[str]) -> None:
+        self.active_adapters = names
 
-    def delete_adapter(self, adapter_name: str | list[str]) -> None:  # type: ignore[override]
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Delete one adapter or several; see :meth:`inlay.PeftModel.delete_adapter`."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:

@@ -1,32 +1,31 @@
-"""The wrapper around an adapted model."""
+"""``PeftModel``: the wrapper with its files and its figures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+import os
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from inlay.config import PeftConfig, write_atomically
 from inlay.config.hub import PushToHub
-from inlay.core.call import call_of, opened
 from inlay.core.layer import AdaptedLayer
 from inlay.core.policy import INLAY, Policy
-from inlay.core.state import State
-from inlay.errors import StateError, UnsupportedError
+from inlay.errors import ConfigError, UnsupportedError
 from inlay.models import counting
-from inlay.models.persist import Persistent
-from inlay.models.root import checked_names
+from inlay.models.loading import LoadOptions, load_all_onto, load_into, load_onto, refuse_unknown
 from inlay.models.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
-from inlay.models.tuner import AdapterModel, tuner_class
+from inlay.models.tuner import tuner_class
+from inlay.models.wrapper import Wrapper
 
 __all__ = ["PeftModel"]
 
 T = TypeVar("T", bound="PeftModel")
 
 
-class PeftModel(Persistent, PushToHub, nn.Module):
+class PeftModel(PushToHub, Wrapper):
     """A model with adapters: forwards like the model, and adds, chooses, merges, saves and loads adapters.
 
     The bare model is changed in place and stands at ``base_model.model``; attributes that the wrapper does not have
@@ -43,10 +42,6 @@ class PeftModel(Persistent, PushToHub, nn.Module):
         what :func:`inlay.plan` raises; the model is then unchanged.
     """
 
-    base_model: AdapterModel
-    keeps_class: ClassVar[bool] = False
-    """Whether loading returns this class whatever the task is."""
-
     def __init__(
         self,
         model: nn.Module,
@@ -58,231 +53,7 @@ class PeftModel(Persistent, PushToHub, nn.Module):
         self._hold(model, INLAY, tuner_class(peft_config.peft_type))
         self._first(peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
-    @classmethod
-    def around(cls: type[T], model: nn.Module, policy: Policy, tuner: type[AdapterModel] = AdapterModel) -> T:
-        """Return a wrapper around ``model`` as it is, without adding an adapter."""
-        self = cls.__new__(cls)
-        self._hold(model, policy, tuner)
-        return self
-
-    def _hold(self, model: nn.Module, policy: Policy, tuner: type[AdapterModel]) -> None:
-        if isinstance(model, (PeftModel, AdapterModel)):
-            raise StateError(
-                f"the model is a {type(model).__name__} already: use its add_adapter, or get_base_model() to start over"
-            )
-        nn.Module.__init__(self)
-        self.base_model = tuner.around(model, policy)
-        self.training = model.training
-
-    def _first(self, config: Any, name: str, autocast: bool, low_memory: bool) -> None:
-        """Add the adapter that the wrapper was made for."""
-        self.base_model.add(config, name, autocast=autocast, low_memory=low_memory)
-        self.prepare_model_for_gradient_checkpointing(self.get_base_model(), only_if_on=True)
-
-    # -- forwarding -----------------------------------------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)
-
-    def get_base_model(self) -> nn.Module:
-        """Return the bare model, which has the adapters in it."""
-        return self.base_model.model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; ``adapter_names`` chooses an adapter for each sample (``__base__`` for none)."""
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
-            return self.base_model(*args, **kwargs)
-        with self._routed(names, _batch_size(args, kwargs)):
-            return self.base_model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the bare model does; ``adapter_names`` chooses an adapter for each prompt."""
-        base: Any = self.get_base_model()
-        own = self.__dict__.get("generation_config")
-        if own is not None:  # assigned to the wrapper, meant for the model
-            base.generation_config = own
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
-            return base.generate(*args, **kwargs)
-        with self._routed(names, _batch_size(args, kwargs), _rows_per_prompt(base, args, kwargs)):
-            return base.generate(*args, **kwargs)
-
-    @contextmanager
-    def _routed(self, names: Iterable[str], rows: int | None, expand: int = 1) -> Iterator[None]:
-        with opened(self.state, names=checked_names(self.state, names, rows), expand=expand):
-            yield
-
-    @property
-    def state(self) -> State:
-        """The state that all adapted layers of the model share."""
-        return self.base_model.state
-
-    # -- adapters ---------------------------------------------------------------------------------------------------
-
-    @property
-    def peft_config(self) -> dict[str, Any]:
-        """Configurations by adapter name; assigning to a name changes what is saved for it."""
-        return self.base_model.peft_config
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters, in the order in which they apply. Can be assigned."""
-        return self.base_model.active_adapters
-
-    @active_adapters.setter
-    def active_adapters(self, names: str | Iterable[str]) -> None:
-        self.base_model.active_adapters = names  # type: ignore[assignment]
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or a list if it is not exactly one. Can be assigned."""
-        return self.base_model.active_adapter
-
-    @active_adapter.setter
-    def active_adapter(self, names: str | Iterable[str]) -> None:
-        self.base_model.active_adapter = names  # type: ignore[assignment]
-
-    @property
-    def active_peft_config(self) -> Any:
-        """The configuration of the active adapter, the first if there are several.
-
-        Raises:
-            StateError: no adapter is active.
-        """
-        if not self.active_adapters:
-            raise StateError("no adapter is active")
-        return self.peft_config[self.active_adapters[0]]
-
-    @property
-    def peft_type(self) -> Any:
-        """The method of the first adapter."""
-        return next((record.config.peft_type for record in self.state.records.values()), None)
-
-    @property
-    def has_active_enabled_adapter(self) -> bool:
-        """Whether a forward would now use any adapter."""
-        call = call_of(self.state)
-        return self.state.enabled and bool(self.state.active) and not (call is not None and call.disabled)
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: Any,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
-        """Add an adapter; it is neither active nor trainable before ``set_adapter``, unless it is the only one.
-
-        Raises:
-            AdapterNameError: the name is unsafe or taken.
-            UnsupportedError: the method does not fit a layer, or the adapters there.
-            TargetError: a pattern matches nothing.
-            In each case the model is as before.
-        """
-        self._check_method(peft_config)
-        self.base_model.add(peft_config, adapter_name, autocast=autocast_adapter_dtype, low_memory=low_cpu_mem_usage)
-
-    def _check_method(self, config: Any) -> None:
-        """Refuse a second method where the policy wants one only."""
-        others = {record.config.peft_type for record in self.state.records.values()} - {config.peft_type}
-        if others and not self.state.policy.any_methods:
-            found = ", ".join(sorted(str(getattr(other, "value", other)) for other in others))
-            raise UnsupportedError(
-                f"this model has {found} adapters, so it cannot take one of {config.peft_type.value}; "
-                "get_peft_model(..., mixed=True) makes a model that can"
-            )
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate one adapter or several, in this order, and no other.
-
-        Args:
-            adapter_name: name or names.
-            inference_mode: leave the activated ones frozen. Otherwise they train, unless they were loaded for
-                inference, and all others do not.
-
-        Raises:
-            UnknownAdapterError: there is no such adapter.
-            StateError: a name is given twice.
-        """
-        self.base_model.set_adapter(adapter_name, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Switch gradients of adapters on or off, whether they are active or not.
-
-        Raises:
-            UnknownAdapterError: there is no such adapter.
-        """
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. If it was the only active one, the first of the others takes its place, with a warning.
-
-        Raises:
-            UnknownAdapterError: there is no such adapter.
-            MergeError: it is merged.
-        """
-        self.base_model.delete_adapter(adapter_name)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Switch all adapters off inside the ``with`` block, for the forwards of this thread.
-
-        Also hides what is merged, and holds for the backward pass of these forwards.
-        """
-        with opened(self.state, disabled=True):
-            yield
-
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        """Names of the modules that adapters train in full, or None."""
-        named = (record.config for record in self.state.records.values())
-        return {name for config in named for name in getattr(config, "modules_to_save", None) or ()} or None
-
-    # -- weights ------------------------------------------------------------------------------------------------------
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Write adapters into the base weights, by default the active ones; the layers stay adapted.
-
-        Args:
-            adapter_names: which, in this order.
-            safe_merge: accepted for callers of PEFT; every merge is checked for finiteness before anything is written.
-
-        Raises:
-            ConfigTypeError: ``adapter_names`` is a string.
-            UnknownAdapterError: there is no such adapter.
-            MergeError: the merge would lose something; nothing was written.
-        """
-        self.base_model.merge_adapter(adapter_names, safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """Put the original weights back, bitwise."""
-        self.base_model.unmerge_adapter()
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """Write adapters into the weights, take all adapters out, and return the bare model.
-
-        Args:
-            progressbar: show the progress, layer by layer.
-            safe_merge, adapter_names: see :meth:`merge_adapter`.
-
-        Raises:
-            MergeError: the merge would lose something; the model is then as before.
-        """
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
-
-    def unload(self) -> nn.Module:
-        """Take all adapters out and return the bare model: its original modules, weights and ``requires_grad``."""
-        return self.base_model.unload()
-
-    # -- what there is --------------------------------------------------------------------------------------------------
+    # -- what there is --------------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the numbers of trainable and of all parameters, packed 4-bit weights counted in full."""
@@ -318,47 +89,178 @@ class PeftModel(Persistent, PushToHub, nn.Module):
             entry.method.mergeable and not entry.site.experts and entry.site.parameter is None for entry in entries
         )
 
-    def prepare_model_for_gradient_checkpointing(self, model: nn.Module, only_if_on: bool = False) -> nn.Module:
-        """Let gradients flow into the first checkpointed block although the embeddings below it are frozen.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters, their configurations and a model card; never the base model.
+
+        The adapter ``default`` goes into the folder itself, any other into a folder of its name below. All together
+        can be loaded again with ``from_pretrained(..., adapters="all")``.
+
+        Args:
+            save_directory: the folder; made where needed.
+            safe_serialization: safetensors; False writes a pickle of tensors.
+            selected_adapters: which; by default all.
+            save_embedding_layers: whether the embeddings' own weights are saved too; ``"auto"`` when they are adapted
+                or resized.
+            is_main_process: False takes part in gathering sharded tensors and writes nothing.
+            path_initial_model_for_weight_conversion: not available; refused.
+            state_dict: (keyword) values to save instead of the model's own.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter.
+            CheckpointError: the folder is a file, or a tensor cannot be saved. Files are replaced whole or not at all.
+            UnsupportedError: ``path_initial_model_for_weight_conversion`` is given.
+        """
+        from inlay.checkpoint import save_adapters
+
+        if path_initial_model_for_weight_conversion is not None:
+            raise UnsupportedError(
+                "path_initial_model_for_weight_conversion belongs to initialisers that change the base weights, none "
+                "of which is available"
+            )
+        state_dict = kwargs.pop("state_dict", None)
+        refuse_unknown(kwargs, "save_pretrained", {"state_dict"})
+        save_adapters(
+            self,
+            save_directory,
+            selected_adapters=selected_adapters,
+            safe_serialization=safe_serialization,
+            save_embedding_layers=save_embedding_layers,
+            is_main_process=is_main_process,
+            state_dict=state_dict,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls: type[T],
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        adapters: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load an adapter onto a base model, which is changed in place.
 
         Args:
             model: the bare model.
-            only_if_on: do nothing unless the model has gradient checkpointing switched on.
+            model_id: local folder or Hub repository.
+            adapter_name: the adapter's name here, whatever it was when it was saved.
+            is_trainable: make it trainable; otherwise it is frozen and the model is put in eval mode.
+            config: a configuration to use instead of the one in the folder.
+            autocast_adapter_dtype: adapters of a half-precision model are held in float32.
+            ephemeral_gpu_offload: not available; refused.
+            low_cpu_mem_usage: create the adapter's tensors when their values are read, not before.
+            key_mapping: regular expression -> replacement for the keys of the file; by default what the model says in
+                ``_checkpoint_conversion_mapping``.
+            adapters: ``"all"`` loads every adapter that was saved together, with names, order, active set and scales.
+            kwargs: ``subfolder``, ``torch_device`` (where tensors are read to), ``ignore_mismatched_sizes``, and what
+                ``huggingface_hub.hf_hub_download`` takes (``revision``, ``token``, ``cache_dir``, ...).
+
+        Returns:
+            A wrapper of the class that the configuration's ``task_type`` asks for.
+
+        Raises:
+            CheckpointMissingError: no adapter there.
+            CheckpointError: a damaged file.
+            CheckpointMismatchError: tensors that do not fit the model.
+            UnknownFieldError: an unknown keyword.
+            what :func:`inlay.plan` raises. In each case the model is as before.
         """
-        if only_if_on and not getattr(model, "is_gradient_checkpointing", False):
-            return model
-        enable = getattr(model, "enable_input_require_grads", None)
-        if enable is not None:
-            enable()
-        elif hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings().register_forward_hook(_require_grad)
-        return model
+        return cls.loaded(
+            model,
+            model_id,
+            adapter_name,
+            INLAY,
+            adapters,
+            LoadOptions.gathered(
+                "from_pretrained",
+                kwargs,
+                ephemeral=ephemeral_gpu_offload,
+                trainable=is_trainable,
+                config=config,
+                autocast=autocast_adapter_dtype,
+                low_memory=low_cpu_mem_usage,
+                key_mapping=key_mapping,
+            ),
+        )
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Switch gradient checkpointing on in the bare model, reentrant or not."""
-        model: Any = self.get_base_model()
-        model.gradient_checkpointing_enable(*args, **kwargs)
-        self.prepare_model_for_gradient_checkpointing(model)
+    @classmethod
+    def loaded(
+        cls: type[T],
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        name: str,
+        policy: Policy,
+        adapters: str | None,
+        options: LoadOptions,
+    ) -> Any:
+        """Do what :meth:`from_pretrained` does, under a policy."""
+        if adapters is None:
+            wrapper = load_onto(cls, model, model_id, name, policy, options)
+        elif adapters != "all":
+            raise ConfigError(f"from_pretrained: adapters: expected 'all' or None, found {adapters!r}")
+        elif options.config is not None or options.subfolder is not None or name != "default":
+            raise ConfigError("from_pretrained: adapters='all' takes names and configurations as they were saved")
+        else:
+            wrapper = load_all_onto(cls, model, model_id, policy, options)
+        wrapper.prepare_model_for_gradient_checkpointing(model, only_if_on=True)
+        return wrapper
 
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Add an adapter from a folder or the Hub, without activating it; a known name is loaded into again.
 
-def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
-    output.requires_grad_(True)
+        Args:
+            torch_device: where the file's tensors are read to, before they go to the model's own devices.
+            others: see :meth:`from_pretrained`.
 
+        Returns:
+            A named tuple with ``missing_keys`` and ``unexpected_keys``.
 
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Return the number of samples of a forward, where a tensor tells."""
-    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("inputs"), *args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-    return None
+        Raises:
+            what :meth:`from_pretrained` raises; the model is then as before.
+        """
+        options = LoadOptions.gathered(
+            "load_adapter",
+            kwargs,
+            ephemeral=ephemeral_gpu_offload,
+            trainable=is_trainable,
+            device=torch_device,
+            autocast=autocast_adapter_dtype,
+            low_memory=low_cpu_mem_usage,
+            key_mapping=key_mapping,
+        )
+        return load_into(self, model_id, adapter_name, options)
 
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the facts that the model knows into ``README.md`` of a folder, keeping what else stands there."""
+        from inlay.checkpoint import model_card
 
-def _rows_per_prompt(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Return how many rows of a batch generation makes of each prompt: beams, or returned sequences."""
-    config = kwargs.get("generation_config") or getattr(base, "generation_config", None)
-
-    def number(name: str) -> int:
-        value = kwargs.get(name)
-        return int(value if value is not None else getattr(config, name, None) or 1)
-
-    return max(number("num_beams"), number("num_return_sequences"))
+        path = Path(output_dir, "README.md")
+        existing = path.read_text(encoding="utf-8") if path.is_file() else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, model_card(self.get_base_model(), self.peft_config, existing))

@@ -153,15 +153,16 @@ def _common(values: Iterable[V]) -> V | Irregular:
 def _tensors(module: AdaptedLayer | ModuleCopies) -> dict[str, list[Tensor]]:
     """Return the parameters (buffers where there are none) by adapter, in the order of adding."""
     if isinstance(module, ModuleCopies):
-        return {name: list(copy.parameters()) for name, copy in module.modules_to_save._modules.items() if copy}
-    found = {}
+        return {name: [*copy.parameters()] for name, copy in module.modules_to_save._modules.items() if copy}
+    found: dict[str, list[Tensor]] = {}
     for name, entries in module.entries.items():
         held = [
             find_tensor(entry.home if entry.home is not None else module, name, containers, leaf)
             for entry in entries
             for _, containers, leaf in entry.places
         ]
-        found[name] = [tensor for tensor in held if isinstance(tensor, nn.Parameter)] or held
+        parameters: list[Tensor] = [tensor for tensor in held if isinstance(tensor, nn.Parameter)]
+        found[name] = parameters or held
     return found
 
 

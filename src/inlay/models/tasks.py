@@ -35,7 +35,7 @@ def _given(task_ids: Tensor | None, named: dict[str, Any], rest: dict[str, Any])
 class PeftModelForCausalLM(PeftModel):
     """Next-token prediction: ``labels`` (batch, length) gives the mean cross-entropy of the shifted tokens."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -67,7 +67,7 @@ class PeftModelForCausalLM(PeftModel):
 class PeftModelForSeq2SeqLM(PeftModel):
     """Encoder-decoder generation: ``labels`` (batch, target length) gives the mean cross-entropy."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -108,7 +108,7 @@ class _Encoder(PeftModel):
     ``token_type_ids`` and ``position_ids`` are named so that trainers, which read the signature, keep these columns.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -137,17 +137,17 @@ class _Encoder(PeftModel):
 
 
 class PeftModelForSequenceClassification(_Encoder):
-    """A label per sequence: ``labels`` (batch,) gives the cross-entropy. The new head is trained in full and saved."""
+    """A label per sequence: ``labels`` (batch,) gives the cross-entropy. The new head trains too."""
 
 
 class PeftModelForTokenClassification(_Encoder):
-    """A label per token: ``labels`` (batch, length) gives the cross-entropy. The new head is trained in full and saved."""
+    """A label per token: ``labels`` (batch, length) gives the cross-entropy. The new head trains too."""
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     """A span of the context: ``start_positions`` and ``end_positions`` (batch,) give the mean cross-entropy."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -180,7 +180,7 @@ class PeftModelForQuestionAnswering(PeftModel):
 class PeftModelForFeatureExtraction(PeftModel):
     """Hidden states as features; there is no loss."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -214,7 +214,6 @@ _CLASSES: dict[str, type[PeftModel]] = {
     TaskType.QUESTION_ANS.value: PeftModelForQuestionAnswering,
     TaskType.FEATURE_EXTRACTION.value: PeftModelForFeatureExtraction,
 }
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING = dict(_CLASSES)
 
 
 def wrapper_class(task_type: Any, otherwise: type[Any] = PeftModel) -> type[Any]:

@@ -216,8 +216,6 @@ def tuner_class(peft_type: Any) -> type[AdapterModel]:
 
 def __getattr__(name: str) -> Any:
     """Find a tuner class by its name, which is how pickle looks for it."""
-    if name == "MixedModel":
-        return _classes.setdefault(name, type(name, (AdapterModel,), {"__module__": __name__}))
     if name.endswith("Model"):
         for peft_type in method_types():
             if tuner_name(method_class(peft_type).config_class) == name:

@@ -1,0 +1,44 @@
+"""Methods and tasks to classes, as read-only mappings that import a method when it is looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from inlay.config.types import PeftType, TaskType
+from inlay.core.registry import config_class, method_types
+from inlay.errors import ConfigError
+from inlay.models.peft_model import PeftModel
+from inlay.models.tasks import wrapper_class
+from inlay.models.tuner import AdapterModel, tuner_class
+
+__all__ = ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING"]
+
+V = TypeVar("V")
+
+
+class _ByMethod(Mapping[Any, V]):
+    """A class by ``PeftType``, or its name."""
+
+    def __init__(self, find: Callable[[Any], V]) -> None:
+        self._find = find
+
+    def __getitem__(self, peft_type: Any) -> V:
+        try:
+            return self._find(peft_type)
+        except ConfigError as error:
+            raise KeyError(str(error)) from None
+
+    def __iter__(self) -> Iterator[Any]:
+        return (PeftType(name) if name in PeftType.__members__ else name for name in method_types())
+
+    def __len__(self) -> int:
+        return len(method_types())
+
+    def __repr__(self) -> str:
+        return f"{{{', '.join(f'{key!r}: {value!r}' for key, value in self.items())}}}"
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[Any, type[Any]] = _ByMethod(config_class)
+PEFT_TYPE_TO_TUNER_MAPPING: Mapping[Any, type[AdapterModel]] = _ByMethod(tuner_class)
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {task: wrapper_class(task) for task in TaskType}
