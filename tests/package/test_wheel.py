@@ -66,7 +66,8 @@ def test_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> Non
     installed = run(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel, cwd=tmp_path)
     assert installed.returncode == 0, installed.stderr
     used = run(python, "-c", USE, cwd=tmp_path)
-    assert used.returncode == 0 and "used" in used.stdout, used.stdout + used.stderr
+    assert used.returncode == 0, used.stdout + used.stderr
+    assert "used" in used.stdout
     # The command line needs an extra, and says so instead of failing on an import.
     told = run(home / "bin" / "inlay", "plan", cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
     assert told.returncode != 0
