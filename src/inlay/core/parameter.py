@@ -96,6 +96,11 @@ def plan_parameters(made: Plan, everything: list[Place]) -> None:
     targets = getattr(made.config, "target_parameters", None)
     if not targets:
         return
+    if getattr(made.config, "fan_in_fan_out", False):
+        raise UnsupportedError(
+            "fan_in_fan_out: expected False with target_parameters; how a bare parameter is stored follows from its "
+            "shape and from is_transposed of its module"
+        )
     match = matcher(targets)
     for name in made.model._parameters:
         if match(name) is not None:

@@ -211,6 +211,11 @@ def place_method(
             f"{place.path!r}, matched by {pattern!r}, is a {type(base).__name__}, which is no layer that can be "
             "adapted (supported: linear, convolution, embedding, norm and attention layers); name the layers inside it"
         )
+    if site is None and isinstance(place.module, AdaptedLayer) and place.module.site.parameter is not None:
+        raise TargetError(
+            f"{place.path!r}, matched by {pattern!r}, has its parameter {place.module.site.parameter!r} adapted by "
+            "target_parameters of another adapter, so it cannot be adapted as a layer as well"
+        )
     reason = None if site is not None else _unreadable(made, place)
     site = site or kind.site(place.path, base)
     reason = reason or method.refuse(site) or _weightless(made, kind, site, method)
@@ -317,6 +322,8 @@ def _unmatched(made: Plan, what: str, patterns: Iterable[str], everything: list[
 def _nothing_matched(made: Plan, everything: list[Place]) -> str:
     targets = made.config.target_modules
     names = [targets] if isinstance(targets, str) else sorted(targets or [])
+    if not names and made.unmatched:  # only target_parameters were asked for, or token rows
+        return f"{type(made.model).__name__}: nothing to adapt; {'; '.join(_unmatched_lines(made))}"
     known = {place.path.rpartition(".")[2] for place in everything if kind_of(place.base) is not None}
     hint = did_you_mean(names[0], known) if names else ""
     return (
@@ -330,10 +337,11 @@ def _plan_copies(made: Plan, everything: list[Place]) -> None:
     wanted = list(getattr(made.config, "modules_to_save", None) or [])
     task = getattr(made.config, "task_type", None)
     if str(getattr(task, "value", task)) in ("SEQ_CLS", "TOKEN_CLS"):
-        added = [name for name in ("classifier", "score") if name not in wanted]
+        heads = ("classifier", "score")
         present = {place.path.rpartition(".")[2] for place in everything}
-        optional = {name for name in added if name not in present}
-        wanted += added
+        # A saved config names both, whichever of them the model has.
+        optional = {name for name in heads if name not in present}
+        wanted += [name for name in heads if name not in wanted]
         made.resolved["modules_to_save"] = list(wanted)
     else:
         optional = set()
@@ -376,21 +384,30 @@ def _plan_biases(made: Plan) -> None:
         raise UnsupportedError(f"bias={mode!r} is not one of 'none', 'all' and '{made.method.prefix}only'")
 
 
+def _unmatched_lines(made: Plan) -> list[str]:
+    return [
+        f"{pattern} matches nothing" + (f" (near: {', '.join(near)})" if near else "")
+        for pattern, near in made.unmatched.items()
+    ]
+
+
 def _check_patterns(made: Plan) -> None:
     """Judge what matched nothing, by the policy."""
     for name in ("rank_pattern", "alpha_pattern", "n_frequency_pattern"):
         for key in getattr(made.config, name, None) or {}:
             if not any(pattern_key([key], p.site.name, made.policy.prefix_patterns) for p in made.placements):
                 made.unmatched[f"{name}: {key}"] = nearest(key, [p.site.name for p in made.placements])
+    marked = getattr(made.config, "feedforward_modules", None)
+    for key in [marked] if isinstance(marked, str) else marked or ():
+        meant = matcher(key if isinstance(marked, str) else [key])
+        if not any(meant(p.site.name) for p in made.placements):
+            made.unmatched[f"feedforward_modules: {key}"] = nearest(key, [p.site.name for p in made.placements])
     if not made.unmatched:
         return
-    lines = [
-        f"{pattern} matches nothing" + (f" (near: {', '.join(near)})" if near else "")
-        for pattern, near in made.unmatched.items()
-    ]
+    lines = _unmatched_lines(made)
     message = f"{type(made.model).__name__}: " + "; ".join(lines)
     if made.policy.strict_targets:
         raise TargetError(message)
-    loud = [line for line in lines if not line.startswith(("target_modules", "modules_to_save"))]
+    loud = [line for line in lines if not line.startswith(("target_modules", "target_parameters", "modules_to_save"))]
     if loud:
         warnings.warn("; ".join(loud), InlayWarning, stacklevel=4)
