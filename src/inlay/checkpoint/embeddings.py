@@ -10,7 +10,7 @@ from torch import nn
 
 from inlay.checkpoint.keys import base_target
 from inlay.checkpoint.target import Target
-from inlay.checkpoint.tree import Tree, persistent_tensors
+from inlay.checkpoint.tree import MODEL_PREFIX, Tree, persistent_tensors
 from inlay.config.files import read_json_object
 from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
@@ -60,7 +60,7 @@ def embeddings_to_save(tree: Tree, adapter: str, choice: bool | str) -> list[Tar
             raise UnsupportedError(message)
         warnings.warn(f"{message}; no embeddings are saved", InlayWarning, stacklevel=4)
         return []
-    return embedding_targets(tree, only_adapted=bool(targeted))
+    return embedding_targets(tree, only_adapted=bool(targeted), copied=False)
 
 
 def _targeted(tree: Tree, adapter: str) -> list[str]:
@@ -124,11 +124,12 @@ def _local_config(name: str, revision: str | None) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def embedding_targets(tree: Tree, only_adapted: bool = False) -> list[Target]:
+def embedding_targets(tree: Tree, only_adapted: bool = False, copied: bool = True) -> list[Target]:
     """Return the tensors of the model's input and output embeddings (empty if it does not name them).
 
     Args:
         only_adapted: leave out an embedding layer that has no adapter.
+        copied: take the original of an embedding layer that is trained in full by ``modules_to_save``.
     """
     found: dict[str, Target] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -137,20 +138,21 @@ def embedding_targets(tree: Tree, only_adapted: bool = False) -> list[Target]:
             layer = get() if callable(get) else None
         except NotImplementedError:
             layer = None
-        if not isinstance(layer, nn.Module):
+        node = tree.node(layer) if isinstance(layer, nn.Module) else None
+        if node is None or (isinstance(node.module, ModuleCopies) and not copied):
             continue
-        node = tree.node(layer)
-        if node is None or isinstance(node.module, ModuleCopies):
-            continue
+        place = node.path
         if isinstance(node.module, AdaptedLayer):
             node = tree.node(node.module.get_base_layer())
         elif only_adapted:
             continue
-        if node is None:
-            continue
-        for _, owner, attribute in persistent_tensors(node.module):
+        elif isinstance(node.module, ModuleCopies):
+            node = tree.node(node.module.original_module)
+        for name, owner, attribute in persistent_tensors(node.module) if node is not None else ():
             inner = tree.node(owner)
             if inner is not None:
                 target = base_target(inner, attribute, "embedding")
+                mounted = ("base_layer", "token_adapter.base_layer", "original_module")
+                target.aliases += tuple(f"{MODEL_PREFIX}{place}.{mount}.{name}" for mount in mounted)
                 found.setdefault(target.key, target)
     return list(found.values())

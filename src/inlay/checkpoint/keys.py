@@ -17,7 +17,6 @@ from inlay.checkpoint.tree import MODEL_PREFIX, ROOT_PREFIX, Node, Tree, persist
 from inlay.core.layer import AdaptedLayer, Entry
 from inlay.core.mount import ModuleCopies
 from inlay.core.slot import Slot
-from inlay.errors import CheckpointError
 
 __all__ = ["adapter_slots", "adapter_tensors", "base_target", "key_index"]
 
@@ -49,30 +48,38 @@ def key_index(tree: Tree, adapter: str) -> KeyIndex:
     for targets in (_slots(tree, adapter), _shared(tree, adapter), _biases(tree, adapter), _copies(tree, adapter)):
         for target in targets:
             index.add(target)
+    index.redundant.update(_tied_keys(tree, adapter))
     return index
 
 
 def _slots(tree: Tree, adapter: str) -> Iterator[Target]:
     adapted = [(node, node.module) for node in tree.nodes if isinstance(node.module, AdaptedLayer)]
-    held = [(node, layer, entry) for node, layer in adapted for entry in layer.entries.get(adapter, ())]
-    # The layer that holds tied tensors names them, so it comes before those that only use them.
-    for node, layer, entry in sorted(held, key=lambda found: found[2].home is not None):
-        yield from _entry_slots(tree, node, layer, entry)
+    for node, layer in adapted:
+        for entry in layer.entries.get(adapter, ()):
+            if entry.home is None:
+                yield from _entry_slots(node, layer, entry)
 
 
-def _entry_slots(tree: Tree, node: Node, layer: AdaptedLayer, entry: Entry) -> Iterator[Target]:
+def _tied_keys(tree: Tree, adapter: str) -> Iterator[str]:
+    """Keys of layers that use the tensors of another layer, which has them under its own name."""
+    for node in tree.nodes:
+        if isinstance(node.module, AdaptedLayer):
+            for entry in node.module.entries.get(adapter, ()):
+                if entry.home is not None:
+                    for slot in entry.method.slots(entry.site).values():
+                        yield f"{MODEL_PREFIX}{_dotted(node.path, slot.disk_name)}"
+
+
+def _entry_slots(node: Node, layer: AdaptedLayer, entry: Entry) -> Iterator[Target]:
     slots = entry.method.slots(entry.site)
-    home = node if entry.home is None else tree.node(entry.home)
-    if home is None:
-        raise CheckpointError(f"{node.path!r}: the layer that holds the tensors of {entry.name!r} is not in the model")
     weight = getattr(layer.leaf_layer, layer.kind.weight_name, None)
     for role, containers, leaf in entry.places:
         slot = slots[role]
         mounted = containers[: len(containers) - len(slot.place[0])]  # what a mount puts above the slot's own names
-        holder, attribute = _holder(home.module, entry.name, containers, leaf)
+        holder, attribute = _holder(layer, entry.name, containers, leaf)
         above = ".".join((node.path, *mounted)) if node.path else ".".join(mounted)
         yield _target(
-            slot, f"{MODEL_PREFIX}{above}", f"{home.memory}{'.' if home.memory else ''}", holder, attribute, entry.name,
+            slot, f"{MODEL_PREFIX}{above}", f"{node.memory}{'.' if node.memory else ''}", holder, attribute, entry.name,
             mounted, "slot", None if weight is None else weight.device,
         )  # fmt: skip
 
@@ -192,6 +199,7 @@ def _copies(tree: Tree, adapter: str) -> Iterator[Target]:
                 torch.Size(()),
                 _dotted(node.memory, f"modules_to_save.{adapter}.{name}"),
                 "copy",
+                aliases=(f"{MODEL_PREFIX}{_dotted(node.path, 'modules_to_save')}.{name}",),
                 templates=(_template(f"{MODEL_PREFIX}{_dotted(node.path, 'modules_to_save')}", name),),
             )
             target.shape = target.tensor.shape

@@ -103,7 +103,7 @@ def resolve(
     for key in tensors:
         if full[key] in names:
             _take(result, names[full[key]], key, tensors[key])
-        else:
+        elif full[key] not in index.redundant:
             left[key] = full[key]
     _older_names(result, list(names.values()), left, tensors, adapter)
     result.missing = [

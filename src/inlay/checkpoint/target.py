@@ -76,10 +76,12 @@ class KeyIndex:
 
     Attributes:
         wrapped: whether this model's own keys have that prefix; those of a bare model do not.
+        redundant: keys that PEFT writes a second time for tied layers; they are not read.
     """
 
     wrapped: bool
     targets: dict[str, Target] = field(default_factory=dict)
+    redundant: set[str] = field(default_factory=set)
     _known: dict[tuple[int, str], Target] = field(default_factory=dict)
 
     def add(self, target: Target) -> None:
