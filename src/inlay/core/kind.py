@@ -89,7 +89,11 @@ class Kind:
     def read(self, module: Any, site: Site) -> Affine:
         """Return the module's map; plain weights are not copied."""
         bias = storage.read(module, self.bias_name) if site.bias else None
-        return Affine(self.to_matrix(site, storage.read(module, self.weight_name)), bias)
+        return self.view(module, site, storage.read(module, self.weight_name), bias)
+
+    def view(self, module: Any, site: Site, weight: Tensor, bias: Tensor | None) -> Affine:
+        """Return the map that the module computes when it holds these tensors, in their stored shapes."""
+        return Affine(self.to_matrix(site, weight), bias)
 
     def stored(self, module: Any, site: Site, affine: Affine) -> dict[str, Tensor]:
         """Return what to write so that the module computes ``affine``: stored tensors by parameter name.

@@ -317,8 +317,8 @@ class AdaptedLayer(nn.Module):
         tensors = {name: tensor.to(device) for name, tensor in kept.items()}
         if not is_distributed(present.weight):  # FSDP2 has the present weight gathered, or the caller wants it whole
             tensors = {name: gather(tensor) for name, tensor in tensors.items()}
-        weight = self.kind.to_matrix(self.site, tensors[self.kind.weight_name])
-        return Affine(weight, tensors.get(self.kind.bias_name, present.bias))
+        bias = tensors.get(self.kind.bias_name, present.bias)
+        return self.kind.view(self.leaf_layer, self.site, tensors[self.kind.weight_name], bias)
 
     def fold(self, chain: tuple[Entry, ...], dtype: torch.dtype | None = None, whole: bool = False) -> Affine:
         """Return the map with the entries of ``chain`` written into it, in weight space.

@@ -61,9 +61,8 @@ class Norm(Kind):
     def stored_dims(self, site: Site) -> tuple[str, ...]:
         return ("out",)
 
-    def read(self, module: Any, site: Site) -> Affine:
-        affine = super().read(module, site)
-        return affine if affine.bias is None else Affine(affine.weight, affine.bias.reshape(-1))
+    def view(self, module: Any, site: Site, weight: Tensor, bias: Tensor | None) -> Affine:
+        return super().view(module, site, weight, None if bias is None else bias.reshape(-1))
 
     def stored(self, module: Any, site: Site, affine: Affine) -> dict[str, Tensor]:
         tensors = super().stored(module, site, affine)
