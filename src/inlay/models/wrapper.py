@@ -260,7 +260,13 @@ class Wrapper(nn.Module):
             model: the bare model.
             only_if_on: do nothing unless the model has gradient checkpointing switched on.
         """
-        if only_if_on and not getattr(model, "is_gradient_checkpointing", False):
+        # transformers 5 renamed the flag and warns about the old name
+        flag = (
+            "is_activation_checkpointing"
+            if hasattr(model, "is_activation_checkpointing")
+            else "is_gradient_checkpointing"
+        )
+        if only_if_on and not getattr(model, flag, False):
             return model
         enable = getattr(model, "enable_input_require_grads", None)
         if enable is not None:
