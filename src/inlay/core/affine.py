@@ -64,6 +64,7 @@ class Site:
         parameter: the parameter's name where the site is a bare parameter; such a site knows ``rewrite`` only.
         patterns: the path that rank and alpha patterns are held against, where that is not ``name``.
         axes: the stored shape of a norm's weight.
+        padding: the index whose row an embedding never trains.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Site:
     parameter: str | None = None
     patterns: str | None = None
     axes: tuple[int, ...] = ()
+    padding: int | None = None
 
     @property
     def owner(self) -> str:

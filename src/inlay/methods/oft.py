@@ -249,5 +249,6 @@ class OFT(Method):
         """Rotate the last axis of ``x``."""
         dtype = inner.product_dtype(x, turn.dtype)
         wide = x.to(dtype)
-        change = torch.einsum("...rk,rkc->...rc", inner.blocks(wide, turn.shape[-1]), turn.to(dtype))
-        return (wide + change.flatten(-2)).to(x.dtype)
+        turn = turn.to(dtype)
+        change = inner.in_blocks(wide, turn.shape[-1], lambda parts: torch.einsum("...rk,rkc->...rc", parts, turn))
+        return (wide + change).to(x.dtype)

@@ -59,6 +59,7 @@ class TrainableTokens(Method):
 
     config_class = TrainableTokensConfig
     prefix = "trainable_tokens_"
+    ties = True
     config: TrainableTokensConfig
 
     def __init__(self, config: TrainableTokensConfig, under: str = "") -> None:
@@ -88,6 +89,11 @@ class TrainableTokens(Method):
         rows = site.fan_in if site.lookup else site.out
         if max(self.config.token_indices) >= rows:
             return f"token {max(self.config.token_indices)} is beyond its {rows} rows"
+        return None
+
+    def note(self, site: Site) -> str | None:
+        if site.padding in self.config.token_indices:
+            return f"token {site.padding} is the padding token of this layer, whose row torch never trains"
         return None
 
     def conflict(self, site: Site, below: Method) -> str | None:

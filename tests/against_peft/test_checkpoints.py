@@ -1,0 +1,260 @@
+"""Law L4, second half: PEFT reads what Inlay writes and the other way round, with the same keys and outputs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from twins import ours_of
+
+import inlay
+from inlay.checkpoint import adapter_slots, get_peft_model_state_dict, save_adapters, set_peft_model_state_dict
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 6, 8) * 0.3)
+        self.down = nn.Parameter(torch.randn(3, 8, 6) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("btf,eof->bto", torch.tanh(torch.einsum("bti,eoi->bto", x, self.up)), self.down)
+
+
+class Net(nn.Module):
+    """One of everything that can be in a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(10, 8)
+        self.lin = nn.Linear(8, 8)
+        self.wide = nn.Linear(8, 8, bias=False)
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.experts = Experts()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.wide(torch.tanh(self.lin(self.emb(x)))))
+        x = self.experts(self.attention(x, x, x, need_weights=False)[0])
+        x = self.conv(x.unsqueeze(1)).mean((1, 2))
+        return self.head(x)
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+X = torch.tensor([[1, 4, 2, 0], [4, 9, 1, 7]])
+
+Make = Callable[[], Any]
+
+
+def lora(**fields: Any) -> Make:
+    return lambda: peft.LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": ["lin"], **fields})
+
+
+CASES: dict[str, Make] = {
+    "lora": lora(target_modules=["lin", "wide"], rank_pattern={"wide": 3}),
+    "rslora": lora(use_rslora=True),
+    "lora_conv": lora(target_modules=["conv"]),
+    "lora_embedding": lora(target_modules=["emb"]),
+    "lora_attention": lora(target_modules=["attention"]),
+    "lora_experts": lora(target_modules=[], target_parameters=["experts.up", "experts.down"]),
+    "lora_parameter": lora(target_parameters=["wide.weight"]),
+    "lora_bias": lora(lora_bias=True),
+    "bias_all": lora(bias="all"),
+    "bias_own": lora(bias="lora_only", target_modules=["lin", "wide", "conv"]),
+    "copy": lora(modules_to_save=["head"]),
+    "copy_and_bias": lora(modules_to_save=["head"], bias="all"),
+    "copy_of_embedding": lora(modules_to_save=["emb", "norm"]),
+    "token_rows": lora(trainable_token_indices={"emb": [1, 4]}),
+    "dora": lora(use_dora=True, target_modules=["lin", "conv", "emb"]),
+    "ia3": lambda: peft.IA3Config(target_modules=["lin", "wide", "conv"], feedforward_modules=["wide"]),
+    "loha": lambda: peft.LoHaConfig(r=2, target_modules=["lin", "conv"], use_effective_conv2d=True),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=["lin", "wide"]),
+    "vera": lambda: peft.VeraConfig(r=3, target_modules=["lin", "wide"]),
+    "vera_regenerated": lambda: peft.VeraConfig(r=3, target_modules=["lin", "wide"], save_projection=False),
+    "fourierft": lambda: peft.FourierFTConfig(n_frequency=6, target_modules=["lin", "wide"]),
+    "ln_tuning": lambda: peft.LNTuningConfig(target_modules=["norm"]),
+    "trainable_tokens": lambda: peft.TrainableTokensConfig(token_indices=[1, 4], target_modules=["emb"]),
+}
+# PEFT's bias="all" takes any name that ends in "bias", so it writes the copy's biases a second time, under names with
+# the adapter's own inside.
+WRITTEN_TWICE = {f"base_model.model.head.modules_to_save.default.{i}.bias" for i in (0, 1, 2)}
+QUIET = pytest.mark.filterwarnings("ignore:.*save_projection:UserWarning", "ignore:.*PRNG:UserWarning")
+
+
+@pytest.fixture(params=CASES)
+def case(request) -> str:
+    return request.param
+
+
+def theirs(case: str) -> Any:
+    return peft.get_peft_model(net(), CASES[case]()).eval()
+
+
+def ours(case: str) -> Any:
+    return inlay.get_peft_model(net(), ours_of(CASES[case]())).eval()
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Move everything that trains, and the statistics of trained copies, off the initial values."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.rand(parameter.shape, generator=generator) * 0.3)
+        for name, buffer in model.named_buffers():
+            if "modules_to_save" in name:
+                buffer.add_(3)
+    return model
+
+
+def no_warning_of_missing_keys() -> Any:
+    caught = warnings.catch_warnings()
+    caught.__enter__()
+    warnings.filterwarnings("error", message=".*missing")
+    return caught
+
+
+@QUIET
+def test_the_same_keys_shapes_and_dtypes(case):
+    expected = peft.get_peft_model_state_dict(theirs(case))
+    found = get_peft_model_state_dict(ours(case))
+    extra = WRITTEN_TWICE if case == "copy_and_bias" else set()
+    assert set(found) == set(expected) - extra
+    for key, tensor in found.items():
+        assert (tensor.shape, tensor.dtype) == (expected[key].shape, expected[key].dtype), key
+
+
+@QUIET
+def test_the_same_memory_names(case):
+    """What a state dict of the whole model is asked for."""
+    known = theirs(case).state_dict()
+    for target in adapter_slots(ours(case)).values():
+        assert target.memory in known
+
+
+@QUIET
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_peft_reads_ours(case, safe, tmp_path):
+    mine = shaken(ours(case))
+    mine.save_pretrained(tmp_path, safe_serialization=safe)
+    with no_warning_of_missing_keys():
+        read = peft.PeftModel.from_pretrained(net(), str(tmp_path)).eval()
+    torch.testing.assert_close(read(X), mine(X), rtol=2e-6, atol=2e-6)
+    assert not torch.allclose(read(X), net()(X), atol=1e-3)
+    found = peft.get_peft_model_state_dict(read)
+    for key, tensor in get_peft_model_state_dict(mine).items():
+        assert torch.equal(found[key], tensor), key
+
+
+@QUIET
+@pytest.mark.parametrize("low_memory", [False, True], ids=["in_place", "assigned"])
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_we_read_theirs(case, safe, low_memory, tmp_path):
+    them = shaken(theirs(case))
+    them.save_pretrained(str(tmp_path), safe_serialization=safe)
+    read = inlay.PeftModel.from_pretrained(net(), tmp_path, low_cpu_mem_usage=low_memory)
+    torch.testing.assert_close(read(X), them(X), rtol=2e-6, atol=2e-6)
+    found = get_peft_model_state_dict(read)
+    for key, tensor in peft.get_peft_model_state_dict(them).items():
+        if key not in WRITTEN_TWICE:
+            assert torch.equal(found[key], tensor), key
+
+
+@QUIET
+def test_bare_models(case):
+    """On a bare model PEFT's keys have no prefix, and ``set_`` takes both forms. It refuses shared tensors there."""
+    if case.startswith("vera"):
+        pytest.skip("PEFT injects no shared tensors into a bare model")
+    them = peft.inject_adapter_in_model(CASES[case](), net())
+    mine = inlay.inject_adapter_in_model(ours_of(CASES[case]()), net())
+    shaken(them)
+    values = peft.get_peft_model_state_dict(them)
+    for prefix in ("", "base_model.model."):
+        set_peft_model_state_dict(mine, {f"{prefix}{key}": value for key, value in values.items()})
+        found = get_peft_model_state_dict(mine)
+        assert set(found) == {key for key in values if f"base_model.model.{key}" not in WRITTEN_TWICE}
+        assert all(torch.equal(found[key], values[key]) for key in found)
+    torch.testing.assert_close(mine.eval()(X), them.eval()(X), rtol=2e-6, atol=2e-6)
+
+
+def test_several_adapters(tmp_path):
+    """PEFT reads each folder; we read PEFT's folders."""
+    base = ours("lora")
+    base.add_adapter("other", ours_of(CASES["dora"]()))
+    shaken(base)
+    save_adapters(base, tmp_path / "ours")
+    base.set_adapter("other")
+    read = peft.PeftModel.from_pretrained(net(), str(tmp_path / "ours" / "other")).eval()
+    torch.testing.assert_close(read(X), base.eval()(X), rtol=2e-6, atol=2e-6)
+
+    them = theirs("lora")
+    them.add_adapter("other", CASES["dora"]())
+    them.set_adapter("other")
+    shaken(them).save_pretrained(str(tmp_path / "theirs"))
+    read = inlay.PeftModel.from_pretrained(net(), tmp_path / "theirs", subfolder="other")
+    torch.testing.assert_close(read(X), them.eval()(X), rtol=2e-6, atol=2e-6)
+
+
+def test_the_same_folder(tmp_path):
+    """Files, metadata, and every field of the configuration."""
+    theirs("lora").save_pretrained(str(tmp_path / "theirs"))
+    ours("lora").save_pretrained(tmp_path / "ours")
+    expected = {path.name for path in (tmp_path / "theirs").iterdir()}
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == expected | {"inlay.json"}
+    read = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
+    for config in read:
+        config["target_modules"] = sorted(config["target_modules"])
+    assert read[0] == read[1]
+    with safe_open(tmp_path / "ours" / WEIGHTS, "pt") as mine, safe_open(tmp_path / "theirs" / WEIGHTS, "pt") as them:
+        assert mine.metadata() == them.metadata() == {"format": "pt"}
+
+
+def test_report_r2_peft_saves_nothing_and_we_everything(tmp_path):
+    """A second adapter named like a module of the base model (peft#3584); docs/differences.md."""
+    them, mine = theirs("lora"), ours("lora")
+    them.add_adapter("lin", CASES["lora"]())
+    mine.add_adapter("lin", ours_of(CASES["lora"]()))
+    complete = len(peft.get_peft_model_state_dict(theirs("lora")))
+    assert len(peft.get_peft_model_state_dict(them)) < complete
+    assert len(get_peft_model_state_dict(mine)) == complete
+
+
+def test_report_r1_peft_drops_keys_in_silence_and_we_do_not(tmp_path):
+    """Keys of a layer that is not there, or not targeted; docs/differences.md."""
+    ours("lora").save_pretrained(tmp_path)
+    values = load_file(tmp_path / WEIGHTS)
+    extra = "base_model.model.no_such_layer.lora_A.weight"
+    save_file({**values, extra: torch.zeros(2, 8)}, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        peft.PeftModel.from_pretrained(net(), str(tmp_path))
+    base = net()
+    with pytest.raises(RuntimeError, match="no_such_layer"):
+        inlay.PeftModel.from_pretrained(base, tmp_path)
+    assert [type(module) for module in base.modules()] == [type(module) for module in net().modules()]
+
+
+def test_input_dicts_are_not_changed():
+    mine = ours("copy")
+    values = get_peft_model_state_dict(mine)
+    given = copy.copy(values)
+    set_peft_model_state_dict(mine, given)
+    assert list(given) == list(values)
