@@ -79,7 +79,7 @@ _HOMES: dict[str, str] = {
     "PeftModel": "inlay.models.peft_model",
     "TrainableTokensConfig": "inlay.methods.trainable_tokens",
     "VeraConfig": "inlay.methods.vera",
-    "call": "inlay.models.root",
+    "call": "inlay.models.calls",
 }
 
 __version__ = "0.1.0"

@@ -7,17 +7,14 @@ gives them the names that PEFT gives them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 
-from inlay.core.call import Call, opened
-from inlay.core.state import BASE, Record, State, find_state
-from inlay.errors import RoutingError, StateError, UnknownAdapterError, did_you_mean
+from inlay.core.state import Record, State, find_state
+from inlay.errors import StateError
 
-__all__ = ["Configs", "call", "checked_names", "mark", "state_of", "unmark"]
+__all__ = ["Configs", "mark", "state_of", "unmark"]
 
 
 class Configs(dict[str, Any]):
@@ -71,57 +68,3 @@ def state_of(model: nn.Module) -> State:
     if state is None:
         raise StateError(f"this {type(model).__name__} has no adapters")
     return state
-
-
-def checked_names(state: State, names: Iterable[str], rows: int | None = None) -> tuple[str, ...]:
-    """Return adapter names by sample as a tuple.
-
-    Args:
-        state: whose adapters they are; ``__base__`` stands for none.
-        names: one per sample.
-        rows: the batch size, where it is known.
-
-    Raises:
-        RoutingError: not a list of names, or not one per sample.
-        UnknownAdapterError: a name that the model does not have.
-    """
-    if isinstance(names, str):
-        raise RoutingError(f"adapter names by sample must be a list with one name per sample, found {names!r}")
-    wanted = tuple(names)
-    for name in dict.fromkeys(wanted):
-        if name != BASE and name not in state.records:
-            known = ", ".join(map(repr, (*state.records, BASE)))
-            raise UnknownAdapterError(
-                f"no adapter {name!r} to run a sample with; there are: {known}.{did_you_mean(str(name), state.records)}"
-            )
-    if not wanted or (rows is not None and len(wanted) != rows):
-        raise RoutingError(f"{len(wanted)} adapter names were given for a batch of {rows} samples: give one per sample")
-    return wanted
-
-
-def call(
-    model: nn.Module, adapters: Iterable[str] | None = None, *, disabled: bool | None = None
-) -> AbstractContextManager[Call]:
-    """Choose adapters for the forwards that this thread runs inside the ``with`` block.
-
-    ::
-
-        with inlay.call(model, adapters=["french", "__base__", "german"]):
-            model(batch_of_three)
-
-    The choice also holds for the backward pass of these forwards, where gradient checkpointing recomputes them.
-
-    Args:
-        model: a model with adapters, bare or wrapped.
-        adapters: the adapter of each sample of the batch, in order; ``__base__`` for none. None leaves the active
-            ones on.
-        disabled: True runs every sample without adapters.
-
-    Raises:
-        StateError: the model has no adapters.
-        RoutingError: ``adapters`` is not a list of names.
-        UnknownAdapterError: a name that the model does not have.
-    """
-    state = state_of(model)
-    names = None if adapters is None else checked_names(state, adapters)
-    return opened(state, names=names, disabled=disabled)

@@ -12,7 +12,7 @@ from inlay.core.call import call_of, opened
 from inlay.core.policy import Policy
 from inlay.core.state import State
 from inlay.errors import StateError, UnsupportedError
-from inlay.models.root import checked_names
+from inlay.models.calls import batch_size, checked_names, rows_per_prompt
 from inlay.models.tuner import AdapterModel
 
 __all__ = ["Wrapper"]
@@ -69,7 +69,7 @@ class Wrapper(nn.Module):
         names = kwargs.pop("adapter_names", None)
         if names is None:
             return self.base_model(*args, **kwargs)
-        with self._routed(names, _batch_size(args, kwargs)):
+        with self._routed(names, batch_size(args, kwargs)):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +81,7 @@ class Wrapper(nn.Module):
         names = kwargs.pop("adapter_names", None)
         if names is None:
             return base.generate(*args, **kwargs)
-        with self._routed(names, _batch_size(args, kwargs), _rows_per_prompt(base, args, kwargs)):
+        with self._routed(names, batch_size(args, kwargs), rows_per_prompt(base, args, kwargs)):
             return base.generate(*args, **kwargs)
 
     @contextmanager
@@ -276,31 +276,26 @@ class Wrapper(nn.Module):
             embeddings().register_forward_hook(_require_grad)
         return model
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Switch gradient checkpointing on in the bare model, reentrant or not (its name since transformers 5)."""
+        model: Any = self.get_base_model()
+        model.activation_checkpointing_enable(*args, **kwargs)
+        self.prepare_model_for_gradient_checkpointing(model)
+
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Switch gradient checkpointing on in the bare model, reentrant or not."""
         model: Any = self.get_base_model()
+        if hasattr(model, "activation_checkpointing_enable"):
+            self.activation_checkpointing_enable(*args, **kwargs)
+            return
         model.gradient_checkpointing_enable(*args, **kwargs)
         self.prepare_model_for_gradient_checkpointing(model)
 
 
+def _is_checkpointing(model: Any) -> bool:
+    on = getattr(model, "is_activation_checkpointing", None)  # the name since transformers 5
+    return bool(getattr(model, "is_gradient_checkpointing", False) if on is None else on)
+
+
 def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
     output.requires_grad_(True)
-
-
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Return the number of samples of a forward, where a tensor tells."""
-    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("inputs"), *args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-    return None
-
-
-def _rows_per_prompt(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Return how many rows of a batch generation makes of each prompt: beams, or returned sequences."""
-    config = kwargs.get("generation_config") or getattr(base, "generation_config", None)
-
-    def number(name: str) -> int:
-        value = kwargs.get(name)
-        return int(value if value is not None else getattr(config, name, None) or 1)
-
-    return max(number("num_beams"), number("num_return_sequences"))
