@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from inlay.core.parameter import plan_parameters
+from inlay.core.patterns import matcher
+from inlay.core.registry import method_class
 from inlay.core.targets import Place
+from inlay.core.tied import Group, owners, tied_groups, tied_placement
+from inlay.errors import ConfigError, ConfigTypeError, InlayWarning, TargetError, did_you_mean
 
 if TYPE_CHECKING:
-    from inlay.core.plan import Plan
+    from inlay.core.plan import Placement, Plan
 
-__all__ = ["extend_plan", "readable", "without_companions"]
+__all__ = ["extend_plan", "readable", "tie_copies", "without_companions"]
+
+# where the model does not say which layer embeds its input
+_TABLES = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared")
 
 
 def extend_plan(made: Plan, everything: list[Place]) -> None:
     """Add placements for what the config's shared fields ask for."""
+    groups = tied_groups(everything)
+    _tie_targets(made, groups)
+    _plan_tokens(made, everything, groups)
     _plan_companions(made, everything)
     plan_parameters(made, everything)
+    holders = owners(everything)
+    for placement in made.placements:
+        weight = placement.place.base._parameters.get(placement.kind.weight_name)
+        placement.shares = tuple(p.path for p in holders.get(id(weight), ()) if p is not placement.place)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
 
 
 def readable(paths: set[str], everything: list[Place]) -> set[str]:
@@ -57,3 +75,173 @@ def _plan_companions(made: Plan, everything: list[Place]) -> None:
         if not made.policy.prefix_patterns:  # PEFT gives both parts what its patterns say of the attention layer
             site = replace(site, patterns=owner.place.path)
         made.placements.append(place_method(made, place, owner.pattern, owner.method, Output(), site))
+
+
+# -- layers that share a weight ---------------------------------------------------------------------------------------
+
+
+def _tie_targets(made: Plan, groups: list[Group]) -> None:
+    """Adapt tied layers together: the embedding with tensors, the others with the same ones.
+
+    A method that puts one number on one row, such as trainable tokens, is tied without being asked.
+    """
+    from inlay.core.plan import place_method
+
+    asked = bool(getattr(made.config, "ensure_weight_tying", False))
+    always = made.method.ties
+    tied = False
+    for group in groups:
+        chosen = {id(p.place.base): p for p in made.placements if id(p.place.base) in group.ids}
+        if not chosen:
+            continue
+        tied = True
+        if not (asked or always):
+            _warn_untied(made, group, "so this adapter cannot be merged")
+            continue
+        first = next(iter(chosen.values()))
+        source = chosen.get(id(group.source.base))
+        made.placements[:] = [p for p in made.placements if id(p.place.base) not in group.ids or p is source]
+        if source is None:
+            source = place_method(made, group.source, first.pattern, first.method)
+            made.placements.append(source)
+        made.placements += _followers(made, source, group)
+    if not asked:
+        return
+    if not groups:
+        warnings.warn("ensure_weight_tying: no layer shares the weight of an embedding", InlayWarning, stacklevel=5)
+    elif not tied and not getattr(made.config, "trainable_token_indices", None) and not _copied(made, groups):
+        warnings.warn(
+            f"ensure_weight_tying: none of the layers that share a weight ({_names(groups[0])}) is adapted",
+            InlayWarning,
+            stacklevel=5,
+        )
+
+
+def _copied(made: Plan, groups: list[Group]) -> bool:
+    wanted = getattr(made.config, "modules_to_save", None)
+    match = matcher(wanted or [])
+    return any(match(place.path) is not None for group in groups for place in (group.source, *group.members))
+
+
+def _followers(made: Plan, source: Placement, group: Group) -> list[Placement]:
+    found = (tied_placement(made, source, place) for place in group.members)
+    return [placement for placement in found if placement is not None]
+
+
+def _warn_untied(made: Plan, group: Group, consequence: str) -> None:
+    way = (
+        "set ensure_weight_tying=True to adapt them together"
+        if hasattr(made.config, "ensure_weight_tying")
+        else f"{type(made.method).__name__} cannot adapt them together"
+    )
+    warnings.warn(
+        f"{_names(group)} share one weight and are not adapted together, {consequence}; {way}",
+        InlayWarning,
+        stacklevel=6,
+    )
+
+
+def _names(group: Group) -> str:
+    return ", ".join(repr(place.path) for place in (group.source, *group.members))
+
+
+def tie_copies(made: Plan, everything: list[Place]) -> None:
+    """Let the full copies of tied layers share their weight too, where ``ensure_weight_tying`` asks for it."""
+    chosen = {id(place.module): pattern for place, pattern in made.copies}
+    for group in tied_groups(everything):
+        together = [place for place in (group.source, *group.members) if id(place.module) in chosen]
+        if not together:
+            continue
+        if not getattr(made.config, "ensure_weight_tying", False):
+            _warn_untied(made, group, "so the model is no longer tied after a merge")
+            continue
+        pattern = chosen[id(together[0].module)]
+        adapted = {id(p.place.module) for p in made.placements}
+        for place in (group.source, *group.members):
+            if id(place.module) in adapted:
+                raise TargetError(
+                    f"ensure_weight_tying: {place.path!r} shares its weight with {together[0].path!r}, which is "
+                    "trained in full, so it cannot be adapted"
+                )
+            if id(place.module) not in chosen:
+                made.copies.append((place, pattern))
+            if place is not group.source:
+                made.ties.append((group.source, place))
+
+
+# -- token rows -----------------------------------------------------------------------------------------------------
+
+
+def _plan_tokens(made: Plan, everything: list[Place], groups: list[Group]) -> None:
+    """Add the token rows that train beside another method."""
+    wanted = getattr(made.config, "trainable_token_indices", None)
+    if not wanted:
+        return
+    by_place: dict[int, tuple[Place, list[int], str]] = {}
+    if isinstance(wanted, dict):
+        for name, indices in wanted.items():
+            match = matcher([name])
+            found = [place for place in everything if match(place.path) is not None]
+            if not found:
+                hint = did_you_mean(name, [place.path.rpartition(".")[2] for place in everything])
+                raise TargetError(f"trainable_token_indices: {name!r} matches nothing.{hint}")
+            for place in found:
+                by_place[id(place.base)] = (place, list(indices), name)
+    else:
+        place = _input_table(made, everything)
+        by_place[id(place.base)] = (place, list(wanted), place.path)
+    sources = {id(group.source.base) for group in groups}
+    for key in sorted(by_place, key=lambda key: key not in sources):
+        if key not in by_place:
+            continue
+        place, indices, name = by_place[key]
+        source = _place_tokens(made, place, indices, name)
+        group = next((g for g in groups if g.source is place), None)
+        if group is None:
+            continue
+        differing = [m for m in group.members if by_place.get(id(m.base), (m, indices))[1] != indices]
+        if differing and getattr(made.config, "ensure_weight_tying", False):
+            raise ConfigError(
+                f"trainable_token_indices: {place.path!r} and {differing[0].path!r} share one weight but name "
+                "different tokens; name the same ones, or set ensure_weight_tying=False"
+            )
+        same = Group(group.source, [m for m in group.members if m not in differing])
+        made.placements += _followers(made, source, same)
+        for member in same.members:
+            by_place.pop(id(member.base), None)
+
+
+def _input_table(made: Plan, everything: list[Place]) -> Place:
+    """Return the layer that embeds the model's input."""
+    getter: Any = getattr(made.model, "get_input_embeddings", None)
+    try:
+        table = getter() if callable(getter) else None
+    except NotImplementedError:
+        table = None
+    for place in everything:
+        if table is not None and table in (place.module, place.base):
+            return place
+    for name in _TABLES:
+        for place in everything:
+            if place.path.rpartition(".")[2] == name and isinstance(place.base, nn.Embedding):
+                return place
+    raise TargetError(
+        "trainable_token_indices: the model does not say which layer embeds its input (get_input_embeddings), and none "
+        f"is called {', '.join(map(repr, _TABLES))}; give a dict of layer name -> indices"
+    )
+
+
+def _place_tokens(made: Plan, place: Place, indices: list[int], name: str) -> Placement:
+    from inlay.core.plan import place_method
+
+    if made.policy.name == "peft" and any(p.place is place for p in made.placements):
+        raise ConfigTypeError(
+            f"trainable_token_indices: {place.path!r} is a target of {type(made.config).__name__} too, which PEFT does "
+            "not take"
+        )
+    tokens: Any = method_class("TRAINABLE_TOKENS")
+    method = tokens(tokens.config_class(token_indices=indices), under="token_adapter.")
+    placement = place_method(made, place, name, method)
+    made.placements.append(placement)
+    made.matched.setdefault(name, []).append(place.path)
+    return placement

@@ -76,6 +76,7 @@ def inject(
             _mount(layer, plan, placement, tensors, undo)
         for place, _ in plan.copies:
             _copy_module(place, plan.adapter, state, undo)
+        _tie_copies(plan)
         undo.append(silence_readers(plan.model))
         if shared:
             _mount_shared(plan, state, shared, undo)
@@ -120,6 +121,8 @@ def _new(slot: Slot, site: Site, dtype: torch.dtype, device: torch.device, plan:
 
 
 def _build(plan: Plan, placement: Placement, low_memory: bool, fill: bool, seed: int) -> dict[str, Tensor]:
+    if placement.source is not None:  # it uses the tensors of another layer
+        return {}
     meta = torch.device("meta")
     layout = placement.layout
     return {
@@ -163,6 +166,7 @@ def _adapted(placement: Placement, state: State, undo: list[Undo]) -> AdaptedLay
     parent, name = placement.place.parents[0]
     here: Any = parent._modules[name]  # several parameters of one module are nested
     layer = placement.kind.adapt(here, placement.site, state)
+    layer.shares = placement.shares
     for parent, name in placement.place.parents:
         setattr(parent, name, layer)
     lift(here, layer)
@@ -195,7 +199,9 @@ def _mount(
     if field is not None:
         p = float(getattr(placement.method.config, field) or 0.0)
         _container(layer, (field,), nn.ModuleDict)._modules[adapter] = nn.Dropout(p) if p > 0.0 else nn.Identity()
-    for role, slot in placement.slots.items():
+    if placement.source is not None:
+        entry.home = _standing(placement.source)
+    for role, slot in placement.slots.items() if placement.source is None else ():
         _hang(layer, adapter, slot, tensors[role], partial(placement.kind.leaf, placement.site, slot))
     layer.entries[adapter] = (*layer.entries.get(adapter, ()), entry)
     undo.append(lambda: dismount(layer, adapter))
@@ -308,11 +314,19 @@ def _copy_module(place: object, adapter: str, state: State, undo: list[Undo]) ->
     undo.append(lambda: copies.modules_to_save._modules.pop(adapter, None))
 
 
+def _tie_copies(plan: Plan) -> None:
+    """Let the full copies of tied layers share their weight, as the originals do."""
+    for pair in plan.ties:
+        standing: list[Any] = [place.parents[0][0]._modules[place.parents[0][1]] for place in pair]
+        source, member = (copies.modules_to_save._modules[plan.adapter] for copies in standing)
+        member._parameters["weight"] = source._parameters["weight"]
+
+
 @torch.no_grad()
 def _prepare(plan: Plan, state: State, undo: list[Undo]) -> None:
     """Let methods set initial values that depend on the base weight."""
     for placement in plan.placements:
-        if not placement.method.needs_base or placement.device.type == "meta":
+        if not placement.method.needs_base or placement.device.type == "meta" or placement.source is not None:
             continue
         layer = _standing(placement)
         assert layer is not None

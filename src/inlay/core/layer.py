@@ -150,6 +150,7 @@ class AdaptedLayer(nn.Module):
     """
 
     base_layer: nn.Module
+    shares: tuple[str, ...]
 
     def __init__(self, base: nn.Module, kind: Kind, site: Site, state: State) -> None:
         super().__init__()
@@ -162,6 +163,7 @@ class AdaptedLayer(nn.Module):
         own["_own_enabled"] = None
         own["_merged"] = ()
         own["_kept"] = {}  # base tensors as they were before merging
+        own["shares"] = ()  # paths of other layers that hold the same weight
         own["_chain"] = (-1, ())
         self._modules["base_layer"] = base
         self.training = base.training

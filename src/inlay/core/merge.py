@@ -62,21 +62,29 @@ def merge_layers(
             layer.check_active(wanted)
             _check_order(layer, wanted, chain, keep)
             work.append((layer, chain))
+    _check_shared(work)
     if keep == "none":
         for layer, chain in work:
             if not _proved_finite(layer, chain):
                 _rounded(layer, chain)
     written: list[tuple[AdaptedLayer, tuple[str, ...], dict[str, Tensor], dict[str, Tensor]]] = []
+    tied: dict[int, AdaptedLayer] = {}
     try:
         for layer, chain in work if progress is None else progress(work):
-            new = _rounded(layer, chain)
             leaf = layer.leaf_layer
+            weight = getattr(leaf, layer.kind.weight_name)
+            # layers that share a weight share the update too, and the first has written it
+            partner = tied.get(id(weight))
+            new = _rounded(layer, chain) if partner is None else {}
             if layer._merged and not layer._kept:
                 kept: dict[str, Tensor] = {}
             elif keep == "copy":
                 kept = {name: _copy(getattr(leaf, name)) for name in new} | dict(layer._kept)
             else:
                 kept = {}
+            if partner is not None and keep == "copy" and (not layer._merged or layer._kept):
+                kept = {layer.kind.weight_name: partner._kept[partner.kind.weight_name]} | dict(layer._kept)
+            tied[id(weight)] = layer
             before = {name: _copy(getattr(leaf, name)) for name in new} if keep == "copy" else {}
             written.append((layer, layer._merged, dict(layer._kept), before))
             merged = (*layer._merged, *dict.fromkeys(entry.name for entry in chain))
@@ -108,6 +116,25 @@ def unmerge(state: State) -> bool:
     for layer in layers:
         layer.restore()
     return bool(layers)
+
+
+def _check_shared(work: list[tuple[AdaptedLayer, tuple[Entry, ...]]]) -> None:
+    """A weight that several layers hold can take an update only if all of them have it."""
+    chains = {id(layer): chain for layer, chain in work}
+    for layer, chain in work:
+        if not layer.shares:
+            continue
+        standing = {other.site.owner: other for other in layer.state.layers() if isinstance(other, AdaptedLayer)}
+        mine = [(entry.name, id(entry.home or layer)) for entry in chain]
+        for path in layer.shares:
+            other = standing.get(path)
+            theirs = [(entry.name, id(entry.home or other)) for entry in chains.get(id(other), ())]
+            if mine != theirs:
+                raise MergeError(
+                    f"{layer.site.name!r} shares its weight with {path!r}, which does not have the same update, so "
+                    "merging would change that layer too; set ensure_weight_tying=True if one is an embedding and the "
+                    "other its head, or give the layers weights of their own first"
+                )
 
 
 def _copy(tensor: Tensor) -> Tensor:

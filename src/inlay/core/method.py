@@ -58,16 +58,16 @@ class Method:
         prefix: what its slot names start with (``lora_``).
         dropout_field: the config field that holds the dropout probability on the layer's input, if there is one.
         mergeable: False where the update depends on the data.
-        identity_at_init: False where a fresh adapter changes the output by design.
         mixed: whether PEFT lets the method take part in a mixed model.
+        ties: layers that share the weight of an adapted embedding are adapted with it, without being asked.
     """
 
     config_class: ClassVar[type[Any]]
     prefix: ClassVar[str]
     dropout_field: ClassVar[str | None] = None
     mergeable: ClassVar[bool] = True
-    identity_at_init: ClassVar[bool] = True
     mixed: ClassVar[bool] = False
+    ties: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -75,7 +75,7 @@ class Method:
 
     def by_pattern(self, field: str, site: Site, default: Any) -> Any:
         """Return the value that a pattern field of the config (``rank_pattern``) gives for a site."""
-        return pattern_value(getattr(self.config, field), site.name, default, self.prefix_patterns)
+        return pattern_value(getattr(self.config, field), site.patterns or site.name, default, self.prefix_patterns)
 
     # -- what a method must give --------------------------------------------------------------------------------
 
@@ -88,6 +88,11 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} has no delta")
 
     # -- what follows from it, unless the method says otherwise ----------------------------------------------------
+
+    @property
+    def identity(self) -> bool:
+        """Whether a fresh adapter leaves the output as it is."""
+        return True
 
     @property
     def additive(self) -> bool:

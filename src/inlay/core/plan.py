@@ -14,7 +14,7 @@ from torch import nn
 from inlay.core import storage
 from inlay.core.affine import Site
 from inlay.core.dtype import adapter_dtype
-from inlay.core.extend import extend_plan, readable, without_companions
+from inlay.core.extend import extend_plan, readable, tie_copies, without_companions
 from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
@@ -31,6 +31,13 @@ from inlay.parallel.placement import Layout, layout_of
 
 __all__ = ["Placement", "Plan", "plan"]
 
+# task_type -> what the new layer on top may be called; it trains in full
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 
 @dataclass
 class Placement:
@@ -46,6 +53,8 @@ class Placement:
         method: the method there, if it is not the plan's own (trainable tokens inside another method).
         dtype, device: of the tensors.
         layout: how the tensors are spread over processes, as the base weight is; None where it is not.
+        source: the placement whose tensors this one uses, where layers share a weight.
+        shares: paths of the other layers that hold the same weight.
     """
 
     place: Place
@@ -58,14 +67,17 @@ class Placement:
     dtype: torch.dtype
     device: torch.device
     layout: Layout | None = None
+    source: Placement | None = None
+    shares: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
-        return sum(slot.numel for slot in self.slots.values() if slot.trainable)
+        return sum(slot.numel for slot in self.slots.values() if slot.trainable and self.source is None)
 
     @property
     def nbytes(self) -> int:
-        return sum(slot.numel * (slot.dtype or self.dtype).itemsize for slot in self.slots.values())
+        slots = () if self.source is not None else self.slots.values()
+        return sum(slot.numel * (slot.dtype or self.dtype).itemsize for slot in slots)
 
 
 @dataclass
@@ -78,6 +90,7 @@ class Plan:
         config: the config object that was given (resolved targets are written to it when the plan is applied).
         placements: every layer site.
         copies: modules that get a full copy (``modules_to_save``), with the pattern that chose each.
+        ties: pairs of copied layers that share one weight, the embedding first.
         shared: tensors that all sites share, by role.
         matched: pattern -> paths.
         unmatched: patterns that matched nothing, with the nearest names.
@@ -94,6 +107,7 @@ class Plan:
     autocast: bool
     placements: list[Placement] = field(default_factory=list)
     copies: list[tuple[Place, str]] = field(default_factory=list)
+    ties: list[tuple[Place, Place]] = field(default_factory=list)
     shared: dict[str, Slot] = field(default_factory=dict)
     matched: dict[str, list[str]] = field(default_factory=dict)
     unmatched: dict[str, list[str]] = field(default_factory=dict)
@@ -185,6 +199,7 @@ def plan(
         made.placements.append(place_method(made, place, pattern, method))
     extend_plan(made, everything)
     _plan_copies(made, everything)
+    tie_copies(made, everything)
     if not made.placements and not made.copies:
         raise NoTargetError(_nothing_matched(made, everything))
     refuse_managed((p.place.path, p.place.base) for p in made.placements)
@@ -336,10 +351,10 @@ def _plan_copies(made: Plan, everything: list[Place]) -> None:
     """Find the modules that modules_to_save means."""
     wanted = list(getattr(made.config, "modules_to_save", None) or [])
     task = getattr(made.config, "task_type", None)
-    if str(getattr(task, "value", task)) in ("SEQ_CLS", "TOKEN_CLS"):
-        heads = ("classifier", "score")
+    heads = _HEADS.get(str(getattr(task, "value", task)), ())
+    if heads:
         present = {place.path.rpartition(".")[2] for place in everything}
-        # A saved config names both, whichever of them the model has.
+        # A saved config names them all, whichever of them the model has.
         optional = {name for name in heads if name not in present}
         wanted += [name for name in heads if name not in wanted]
         made.resolved["modules_to_save"] = list(wanted)
