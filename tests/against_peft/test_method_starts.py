@@ -26,7 +26,7 @@ def test_starts_where_peft_starts(make, layer):
     base = twins.base(twins.x)
     theirs, ours = twins.theirs(twins.x), twins.ours(twins.x)
     unchanged = torch.allclose(theirs, base, atol=1e-6)
-    assert torch.allclose(ours, base, atol=1e-6) == unchanged
+    assert torch.allclose(ours, base, atol=1e-6) == unchanged == twins.state.records["default"].method.identity
     mine = dict(twins.ours.named_parameters())
     for name, parameter in twins.their_parameters().items():
         constant = parameter.numel() > 1 and parameter.min() == parameter.max()

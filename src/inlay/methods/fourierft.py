@@ -88,8 +88,11 @@ class FourierFT(Method):
 
     config_class = FourierFTConfig
     prefix = "fourierft_"
-    identity_at_init = False
     config: FourierFTConfig
+
+    @property
+    def identity(self) -> bool:
+        return self.config.init_weights
 
     def options(self, site: Site) -> dict[str, Any]:
         count = self.by_pattern("n_frequency_pattern", site, self.config.n_frequency)

@@ -80,6 +80,9 @@ class IA3(Method):
         """Whether the factors act on the layer's input."""
         return matcher(self.config.feedforward_modules)(site.name) is not None
 
+    def options(self, site: Site) -> dict[str, Any]:
+        return {"on_input": self.on_input(site)}
+
     def refuse(self, site: Site) -> str | None:
         if site.elementwise and self.on_input(site):
             return "a norm takes back any factor on its input; leave it out of feedforward_modules"
@@ -95,7 +98,7 @@ class IA3(Method):
         return {"factors": site.slot("ia3_l.*", dims, init)}
 
     def rewrite(self, site: Site, p: P, layer: Affine, base: Affine) -> Affine:
-        if not self.on_input(site):
+        if not p.on_input:
             rows = p.factors.reshape(*site.experts, site.out, 1)
             return Affine(layer.weight * rows, None if layer.bias is None else layer.bias * rows.flatten())
         # By group of outputs, channel and place in the kernel: each group reads channels of its own.
@@ -105,7 +108,7 @@ class IA3(Method):
 
     def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
         factors = p.factors.flatten()
-        if not self.on_input(site):
+        if not p.on_input:
             y = inner(x)
             return (y * site.along_output(factors)).to(y.dtype)
         if site.lookup:  # one-hot inputs: the factor of a row
