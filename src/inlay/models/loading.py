@@ -142,6 +142,7 @@ def load_all_onto(
     tuner = cls.tuner or tuner_class(config.peft_type)
     wrapper = wrapper_class(config.task_type, cls).around(model, policy, tuner)
     fresh = not wrapper.state.records
+    modes = {module: module.training for module in model.modules()}
     try:
         load_all(
             wrapper,
@@ -152,8 +153,10 @@ def load_all_onto(
             **options.hub,
         )
     except BaseException:
-        if fresh and wrapper.state.records:
+        if fresh:
             take_out(model, wrapper.state, merged=False)
+        for module, mode in modes.items():
+            module.training = mode
         raise
     return wrapper
 
