@@ -17,8 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.plan import plan
+from inlay.core.registry import method_class
 from inlay.errors import InlayError
+from inlay.methods.fourierft import FourierFTConfig
+from inlay.methods.ia3 import IA3Config
+from inlay.methods.ln_tuning import LNTuningConfig
+from inlay.methods.loha import LoHaConfig
 from inlay.methods.lora import LoraConfig
+from inlay.methods.oft import OFTConfig
+from inlay.methods.trainable_tokens import TrainableTokensConfig
+from inlay.methods.vera import VeraConfig
 
 BATCH = 4
 Target = dict[str, Any]
@@ -34,9 +42,21 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "lora_bias": lambda target: LoraConfig(r=4, lora_alpha=6, lora_bias=True, **target),
     "lora_base_bias": lambda target: LoraConfig(r=4, lora_alpha=6, bias="all", **target),
     "dora": lambda target: LoraConfig(r=4, lora_alpha=6, use_dora=True, **target),
+    "ia3": lambda target: IA3Config(feedforward_modules=[], **target),
+    "ia3_input": lambda target: IA3Config(feedforward_modules=target["target_modules"], **target),
+    "loha": lambda target: LoHaConfig(r=3, alpha=5, **target),
+    "loha_effective": lambda target: LoHaConfig(r=3, alpha=5, use_effective_conv2d=True, **target),
+    "oft": lambda target: OFTConfig(oft_block_size=4, **target),
+    "oft_cayley": lambda target: OFTConfig(oft_block_size=3, use_cayley_neumann=False, **target),
+    "oft_shared": lambda target: OFTConfig(oft_block_size=4, block_share=True, coft=True, eps=2.0, **target),
+    "vera": lambda target: VeraConfig(r=5, d_initial=0.7, **target),
+    "fourierft": lambda target: FourierFTConfig(n_frequency=8, scaling=30.0, **target),
+    "fourierft_zero": lambda target: FourierFTConfig(n_frequency=6, scaling=30.0, init_weights=True, **target),
+    "ln_tuning": lambda target: LNTuningConfig(**target),
+    "trainable_tokens": lambda target: TrainableTokensConfig(token_indices=[6, 2, 3], **target),
 }
 # methods whose fresh adapter changes the output by design
-CHANGES_AT_INIT = {"lora_random"}
+CHANGES_AT_INIT = {"lora_random", "fourierft"}
 # methods that train base parameters, which one adapter of a model can do
 TRAINS_BASE = {"lora_base_bias"}
 
@@ -91,6 +111,33 @@ class OwnRMSNorm(nn.Module):
         return self.weight * x.to(hidden_states.dtype)
 
 
+class Experts(nn.Module):
+    """A bank of experts with a fixed soft routing; GPT-OSS stores such banks transposed."""
+
+    def __init__(self, is_transposed: bool = False) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.up = nn.Parameter(torch.randn(3, 12, 6) if is_transposed else torch.randn(3, 6, 12))
+        self.down = nn.Parameter(torch.randn(3, 6, 12) if is_transposed else torch.randn(3, 12, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = (self.up, self.down) if self.is_transposed else (self.up.mT, self.down.mT)
+        share = x[..., :3].sigmoid()
+        hidden = torch.tanh(torch.einsum("...i,eij->...ej", x, up))
+        return torch.einsum("...ej,ejo,...e->...o", hidden, down, share)
+
+
+class Tied(nn.Module):
+    """A bare matrix that is used twice, in ways of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(8, 12) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.matrix.T) @ self.matrix
+
+
 def hf_conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -98,7 +145,7 @@ def hf_conv1d() -> nn.Module:
 
 
 def token_table(**options: Any) -> Callable[[], nn.Module]:
-    return lambda: nn.Embedding(11, 8, **options)
+    return lambda: nn.Embedding(11, 12, **options)
 
 
 FEATURES = (BATCH, 3, 12)
@@ -117,17 +164,26 @@ KINDS: dict[str, KindCase] = {
         lambda: nn.Conv2d(4, 8, 3, dilation=2, padding=2, padding_mode="reflect"), IMAGE
     ),
     "conv2d_same_circular": KindCase(lambda: nn.Conv2d(4, 8, (2, 3), padding="same", padding_mode="circular"), IMAGE),
-    "conv3d": KindCase(lambda: nn.Conv3d(4, 8, 2, padding=1), (BATCH, 4, 3, 4, 2)),
+    "conv3d": KindCase(lambda: nn.Conv3d(3, 8, 2, padding=1), (BATCH, 3, 3, 4, 2)),
     "embedding": KindCase(token_table(), TOKENS, vocabulary=11),
     "embedding_padding": KindCase(token_table(padding_idx=1), TOKENS, vocabulary=11, padding=1),
     "embedding_max_norm": KindCase(token_table(max_norm=1.5), TOKENS, vocabulary=11),
     "embedding_scaled": KindCase(
-        lambda: ScaledEmbedding(11, 8, padding_idx=0, scale=3.5), TOKENS, vocabulary=11, padding=0
+        lambda: ScaledEmbedding(11, 12, padding_idx=0, scale=3.5), TOKENS, vocabulary=11, padding=0
     ),
     "layernorm": KindCase(lambda: nn.LayerNorm(12), FEATURES),
+    "layernorm_planes": KindCase(lambda: nn.LayerNorm((3, 4)), (BATCH, 2, 3, 4)),
     "rmsnorm": KindCase(lambda: nn.RMSNorm(12), FEATURES),
     "rmsnorm_own": KindCase(lambda: OwnRMSNorm(12), FEATURES),
-    "groupnorm": KindCase(lambda: nn.GroupNorm(2, 4), IMAGE),
+    "attention": KindCase(lambda: nn.MultiheadAttention(12, 2), (5, BATCH, 12), axis=1, arity=3),
+    "attention_batch_first": KindCase(
+        lambda: nn.MultiheadAttention(12, 2, batch_first=True, bias=False), (BATCH, 5, 12), arity=3
+    ),
+    "attention_kdim": KindCase(lambda: nn.MultiheadAttention(12, 2, kdim=4, vdim=4), (5, BATCH, 12), axis=1, arity=3),
+    "experts": KindCase(Experts, FEATURES, parameters=("up", "down")),
+    "experts_transposed": KindCase(lambda: Experts(is_transposed=True), FEATURES, parameters=("down",)),
+    "parameter": KindCase(Tied, FEATURES, parameters=("matrix",)),
+    "groupnorm": KindCase(lambda: nn.GroupNorm(2, 8), (BATCH, 8, 3, 2)),
 }
 
 
@@ -148,16 +204,43 @@ REFUSED: list[tuple[str, str, str]] = [
     ("lora", "conv2d_depthwise", "a rank that 8 divides"),
     ("lora_*", "conv2d_depthwise", "a rank that 8 divides"),
     ("lora_bias", "embedding*", "a layer that can have a bias"),
-    ("lora_bias", "rmsnorm*", "a layer that can have a bias"),
+    ("lora_bias", "rmsnorm*", "no bias of its own"),
+    ("lora_bias", "attention_batch_first", "no bias of its own"),
+    ("lora_bias", "experts*", "a layer that can have a bias"),
+    ("lora_bias", "parameter", "a layer that can have a bias"),
     ("dora", "conv2d_grouped", "crosses groups"),
     ("dora", "conv2d_depthwise", "crosses groups"),
     ("dora", "[!e]*norm*", "a single number has none"),
+    ("ia3_input", "[!e]*norm*", "takes back any factor on its input"),
+    ("oft", "conv2d_grouped", "reaches across the groups"),
+    ("oft", "conv2d_depthwise", "reaches across the groups"),
+    ("oft_shared", "conv2d_grouped", "reaches across the groups"),
+    ("oft_shared", "conv2d_depthwise", "reaches across the groups"),
+    ("oft*", "[!e]*norm*", "cannot be rotated"),
+    ("trainable_tokens", "conv?d_[!h]*", "rows of an embedding or of an output head"),
+    ("trainable_tokens", "conv?d", "rows of an embedding or of an output head"),
+    ("trainable_tokens", "[!e]*norm*", "rows of an embedding or of an output head"),
+    ("ia3*", "experts*", "target_parameters"),
+    ("ia3*", "parameter", "target_parameters"),
+    ("loha*", "experts*", "target_parameters"),
+    ("loha*", "parameter", "target_parameters"),
+    ("oft*", "experts*", "target_parameters"),
+    ("oft*", "parameter", "target_parameters"),
+    ("vera", "experts*", "target_parameters"),
+    ("vera", "parameter", "target_parameters"),
+    ("fourierft*", "experts*", "target_parameters"),
+    ("fourierft*", "parameter", "target_parameters"),
+    ("ln_tuning", "experts*", "target_parameters"),
+    ("ln_tuning", "parameter", "target_parameters"),
+    ("trainable_tokens", "experts*", "target_parameters"),
+    ("trainable_tokens", "parameter", "target_parameters"),
+    ("*", "attention_kdim", "holds three projections apart"),
 ]
 # planned and run, but not written into a weight
 UNMERGEABLE: list[tuple[str, str, str]] = [
     ("lora", "conv2d_grouped", "crosses them"),
     ("lora_*", "conv2d_grouped", "crosses them"),
-    ("*", "embedding_max_norm", "renormalises rows above max_norm"),
+    *((m, "embedding_max_norm", "renormalises rows above max_norm") for m in METHODS if not m.startswith("oft")),
     ("lora_bias", "linear_nobias", "no bias"),
     ("lora_bias", "conv2d", "no bias"),
 ]
@@ -254,6 +337,12 @@ def family(method: str) -> str:
     """The peft_type that a method of this file belongs to; DoRA counts apart, it has mathematics of its own."""
     config = METHODS[method]({"target_modules": ["first"]})
     return "DORA" if getattr(config, "use_dora", False) else str(config.peft_type.value)
+
+
+def additive(method: str) -> bool:
+    """Whether a method only adds to the weight; any other reads the untouched one."""
+    config = METHODS[method]({"target_modules": ["first"]})
+    return method_class(config.peft_type).variant(config)(config).additive
 
 
 @functools.cache

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from cells import Cell, Pair
 from torch import Tensor, nn
 
-from cells import Cell, Pair
 from inlay.core.inject import eject, inject, set_active
 from inlay.core.layer import AdaptedLayer
 from inlay.core.merge import merge

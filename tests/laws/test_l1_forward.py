@@ -41,7 +41,8 @@ def test_scaling_on_the_layer_reaches_both_sides(cell: Cell) -> None:
     after = subject.model(subject.x)
     expected = written(subject.exact())(exact(subject.x))
     assert_close(after, expected, cell.dtype, size=float(before.abs().max()))
-    assert bool(scaled) == (not torch.equal(before, after))
+    if "max_norm" not in cell.kind:  # whose lookups write to the table
+        assert bool(scaled) == (not torch.equal(before, after))
 
 
 def test_adapters_change_the_output(cell: Cell) -> None:

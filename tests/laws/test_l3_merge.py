@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cells
 import pytest
 import torch
 from cells import Cell
@@ -35,15 +36,16 @@ def exact_outputs(subject: Subject, *names: str) -> torch.Tensor:
 
 
 def test_merge_then_unmerge_is_the_original(cell: Cell, subject: Subject) -> None:
-    before = tensors_of(subject.model)
     unmerged = subject.model(subject.x).detach()
+    before = tensors_of(subject.model)  # after a first forward: a lookup with max_norm writes to the table
     assert merge(subject.state) == ["one"]
     merged = tensors_of(subject.model)
     assert any(not torch.equal(merged[name], before[name]) for name in before)
     assert_close(subject.model(subject.x), unmerged, cell.dtype, "merged", ulps=32, size=largest(subject))
     assert unmerge(subject.state)
     assert_bitwise(tensors_of(subject.model), before)
-    assert torch.equal(subject.model(subject.x), unmerged)
+    if "max_norm" not in cell.kind:
+        assert torch.equal(subject.model(subject.x), unmerged)
     assert not unmerge(subject.state)
 
 
@@ -70,13 +72,12 @@ def test_partial_merge(cell: Cell, subject: Subject, keep: str) -> None:
     subject.activate("one", "two")
     before = tensors_of(subject.model)
     expected = exact_outputs(subject, "one", "two")
-    try:
-        merge(subject.state, ["one"], keep=keep)
-    except MergeError as error:
-        assert keep == "none"
-        assert "reads the untouched weight" in str(error)
+    if keep == "none" and not cells.additive(subject.cell.companion):
+        with pytest.raises(MergeError, match="reads the untouched weight"):
+            merge(subject.state, ["one"], keep=keep)
         assert_bitwise(tensors_of(subject.model), before)
         return
+    merge(subject.state, ["one"], keep=keep)
     assert_close(subject.model(subject.x), expected, cell.dtype, "first merged", ulps=32, size=largest(subject))
     merge(subject.state, ["two"], keep=keep)
     assert_close(subject.model(subject.x), expected, cell.dtype, "both merged", ulps=48, size=largest(subject))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cells import CHANGES_AT_INIT, Cell
+from cells import CHANGES_AT_INIT, Cell, family
 from subject import Subject, assert_close, loss, outcome
 from torch import Tensor
 
@@ -83,8 +83,8 @@ def test_padding_row_is_never_trained(cell: Cell) -> None:
     """As in torch, a padding token trains nothing: a fresh adapter that is trained leaves its row alone."""
     if cell.case.padding is None:
         pytest.skip("no padding here")
-    if cell.method in CHANGES_AT_INIT:
-        pytest.skip("a random start changes the padding row from the first")
+    if cell.method in CHANGES_AT_INIT or family(cell.method) in ("VERA", "FOURIERFT"):
+        pytest.skip("a random start, or an update that has no rows of its own, changes the padding row as well")
     subject = Subject(cell, fresh=True)
     row = torch.full((1, 1), cell.case.padding)
     before = subject.model(row).detach()

@@ -20,7 +20,7 @@ def test_eject_gives_back_the_model(cell: Cell) -> None:
     modules = dict(model.named_modules())
     flags = {name: module.training for name, module in modules.items()}
     grads = {name: p.requires_grad for name, p in model.named_parameters()}
-    objects = {name: p for name, p in model.named_parameters()}
+    objects = dict(model.named_parameters())
     keys = list(model.state_dict())
 
     state = inject(plan(model, cell.config(), "one"), seed=7)
@@ -33,7 +33,8 @@ def test_eject_gives_back_the_model(cell: Cell) -> None:
     loss(model(x)).backward()
     optimiser.step()
     assert any(not torch.equal(now, before[name]) for name, now in tensors_of(model).items())
-    witness(x)  # a lookup with max_norm writes to its table, adapters or not
+    if "max_norm" in cell.kind and cell.method != "ln_tuning":
+        witness(x)  # a lookup writes to the table, adapters or not, unless the base is not read at all
 
     assert eject(model, state) is model
     assert find_state(model) is None
