@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -10,7 +9,7 @@ from torch import nn
 from inlay.core.call import calls_in_force
 from inlay.core.route import split_rows
 from inlay.core.state import BASE, State
-from inlay.parallel.hooks import rebind
+from inlay.parallel.hooks import copied
 
 __all__ = ["ModuleCopies"]
 
@@ -78,8 +77,7 @@ class ModuleCopies(nn.Module):
     def add(self, name: str, module: nn.Module | None = None) -> None:
         """Give an adapter its copy: ``module``, or a copy of the original that trains."""
         if module is None:
-            module = copy.deepcopy(self.original_module)
-            rebind(module)
+            module = copied(self.original_module)
         self.modules_to_save._modules[name] = module
 
     def copy_of(self, name: str) -> nn.Module:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from inlay.core.affine import Affine, Columns, Delta, Hadamard, LowRank, Site
 from inlay.core.dtype import product_dtype
 from inlay.core.kind import Kind
+from inlay.parallel.tensors import summed
 
-__all__ = ["FAST", "apply_delta", "embed_scale", "fast_path", "pad_input"]
+__all__ = ["FAST", "apply_delta", "embed_scale", "fast_path", "look_up", "pad_input"]
 
 # (kind's name, operator) -> function (module, site, x, delta) -> output share, scale and bias left to the caller
 FAST: dict[tuple[str, type[Delta]], Callable[[nn.Module, Site, Tensor, Delta], Tensor]] = {}
@@ -80,30 +81,14 @@ def _linear(module: nn.Module, site: Site, x: Tensor, delta: Delta) -> Tensor:
 @fast_path(LowRank, "embedding")
 def _embedding(module: Any, site: Site, x: Tensor, delta: Delta) -> Tensor:
     assert isinstance(delta, LowRank)
-    embedding = torch.nn.functional.embedding
-    rows = embedding(
-        x,
-        delta.A.t(),
-        padding_idx=module.padding_idx,
-        scale_grad_by_freq=module.scale_grad_by_freq,
-        sparse=False,
-    )
-    return torch.nn.functional.linear(rows, delta.B) * embed_scale(module)
+    return torch.nn.functional.linear(look_up(module, x, delta.A.t()), delta.B) * embed_scale(module)
 
 
 @fast_path(Hadamard, "embedding")
 def _embedding_product(module: Any, site: Site, x: Tensor, delta: Delta) -> Tensor:
     """A row of a product is the product of rows, so only the rows that are asked for are made."""
     assert isinstance(delta, Hadamard)
-    first, second = (
-        torch.nn.functional.linear(
-            torch.nn.functional.embedding(
-                x, B.t(), padding_idx=module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq
-            ),
-            A,
-        )
-        for A, B in delta.factors
-    )
+    first, second = (torch.nn.functional.linear(look_up(module, x, B.t()), A) for A, B in delta.factors)
     return first * second * embed_scale(module)
 
 
@@ -114,7 +99,17 @@ def _embedding_rows(module: Any, site: Site, x: Tensor, delta: Delta) -> Tensor:
     index, order = delta.index.sort()
     place = torch.searchsorted(index, x).clamp_max(index.numel() - 1)
     rows = torch.nn.functional.embedding(order[place], delta.values)
+    if module.padding_idx is not None:  # as in the layer itself, this row gets no gradient
+        rows = torch.where((x == module.padding_idx).unsqueeze(-1), rows.detach(), rows)
     return rows * (index[place] == x).unsqueeze(-1) * embed_scale(module)
+
+
+def look_up(module: Any, x: Tensor, table: Tensor) -> Tensor:
+    """Return the rows of ``table``, (vocabulary, n), that an embedding reads for ``x``, without its scale."""
+    rows = torch.nn.functional.embedding(
+        x, table, padding_idx=module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq
+    )
+    return summed(rows)  # torch cannot multiply rows of a table whose vocabulary is split
 
 
 def embed_scale(module: nn.Module) -> float | Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from inlay.core.affine import Affine, Site
 from inlay.core.kind import Kind
 from inlay.errors import MergeError
-from inlay.kernels.table import embed_scale
+from inlay.kernels.table import embed_scale, look_up
 
 __all__ = ["Embedding"]
 
@@ -29,7 +29,9 @@ class Embedding(Kind):
 
     def site(self, name: str, module: Any) -> Site:
         assert isinstance(module, nn.Embedding)
-        return Site(name, self.name, module.embedding_dim, module.num_embeddings, lookup=True)
+        return Site(
+            name, self.name, module.embedding_dim, module.num_embeddings, lookup=True, padding=module.padding_idx
+        )
 
     def to_matrix(self, site: Site, stored: Tensor) -> Tensor:
         return stored.t()
@@ -37,8 +39,11 @@ class Embedding(Kind):
     def from_matrix(self, site: Site, weight: Tensor) -> Tensor:
         return weight.t()
 
-    def read(self, module: Any, site: Site) -> Affine:
-        affine = super().read(module, site)
+    def stored_dims(self, site: Site) -> tuple[str, ...]:
+        return ("in", "out")
+
+    def view(self, module: Any, site: Site, weight: Tensor, bias: Tensor | None) -> Affine:
+        affine = super().view(module, site, weight, bias)
         assert isinstance(module, nn.Embedding)
         if module.max_norm is None:
             return affine
@@ -51,7 +56,8 @@ class Embedding(Kind):
         assert isinstance(module, nn.Embedding)
         if module.max_norm is not None:
             norms = affine.weight.norm(p=module.norm_type, dim=0)
-            if bool((norms > module.max_norm * (1 + 1e-6)).any()):
+            rounding = 4 * torch.finfo(self.weight_dtype(module) or norms.dtype).eps
+            if bool((norms > module.max_norm * (1 + rounding)).any()):
                 raise MergeError(
                     f"{site.name!r}: the merged table has rows with a norm of up to {float(norms.max()):.4g}, and the "
                     f"layer renormalises rows above max_norm={module.max_norm}, so merging would change the output"
@@ -69,8 +75,6 @@ class Embedding(Kind):
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         assert isinstance(module, nn.Embedding)
-        rows = torch.nn.functional.embedding(
-            x, affine.weight.t(), module.padding_idx, None, 2.0, module.scale_grad_by_freq, False
-        )
+        rows = look_up(module, x, affine.weight.t())
         rows = rows.to(dtype or self.weight_dtype(module) or rows.dtype) * embed_scale(module)
         return rows if affine.bias is None else rows + affine.bias.to(rows.dtype)

@@ -6,6 +6,7 @@ and on ejection back down. torch (``parallelize_module``) uses forward hooks; tr
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections.abc import Callable
@@ -13,7 +14,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["lift", "lower", "rebind", "transformers_style"]
+from inlay.errors import UnsupportedError
+from inlay.parallel.tensors import is_distributed
+
+__all__ = ["copied", "hidden_reduction", "lift", "lower"]
 
 _HOMES = ("torch.distributed.tensor._api", "torch.distributed.tensor.parallel.style")
 # a table of hooks and the marks that go with it
@@ -22,6 +26,8 @@ _TABLES = (
     ("_forward_hooks", ("_forward_hooks_with_kwargs", "_forward_hooks_always_called")),
 )
 _KEPT = "_base_forward"
+_TRANSFORMERS = "transformers.distributed.tensor_parallel"
+_TRANSFORMERS_BEFORE_5_17 = "transformers.integrations.tensor_parallel"
 
 
 def lift(base: nn.Module, adapted: nn.Module) -> None:
@@ -48,24 +54,59 @@ def lower(adapted: nn.Module, base: nn.Module) -> None:
         base.__dict__["forward"] = kept
 
 
-def rebind(copied: nn.Module) -> None:
-    """Make a deep copy of modules run itself: transformers' ``forward`` is a closure over the original module."""
-    for module in copied.modules():
-        style, mesh, _ = _installed(module)
+def copied(module: nn.Module) -> nn.Module:
+    """Return a deep copy of a module that runs itself: transformers' ``forward`` is a closure over the original.
+
+    Raises:
+        UnsupportedError: the closure cannot be made again.
+    """
+    for name, part in module.named_modules():
+        reason = hidden_reduction(part)
+        if reason is not None:
+            raise UnsupportedError(f"{name or type(module).__name__!r} cannot be copied: {reason}")
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if is_distributed(tensor):  # torch cannot copy one whose part does not begin where its memory does
+            twin = tensor.detach().clone()
+            if isinstance(tensor, nn.Parameter):
+                twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = twin
+    copy_ = copy.deepcopy(module, memo)
+    for part in copy_.modules():
+        style, mesh, _ = _installed(part)
         if style is not None:
-            del module.__dict__["forward"]
-            style.install_forward(module, mesh)
+            del part.__dict__["forward"]
+            style.install_forward(part, mesh)
+    return copy_
 
 
-def transformers_style(module: nn.Module) -> Any:
-    """Return the tensor-parallel style that transformers installed on a module, None where there is none."""
-    return _installed(module)[0]
+def hidden_reduction(module: nn.Module) -> str | None:
+    """Say why nothing can be added to a module that transformers computes on plain parts of tensors, None otherwise.
+
+    Its sums over processes are then made by hand, for the base's own tensors only.
+    """
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    if any(_home(hook) == _TRANSFORMERS_BEFORE_5_17 for hook in hooks):
+        return (
+            "transformers before 5.17 holds plain parts of a layer under tensor parallelism, which nothing can follow"
+        )
+    forward = module.__dict__.get("forward")
+    if getattr(forward, "__module__", None) != _TRANSFORMERS:
+        return None
+    style = _installed(module)[0]
+    if style is not None and all(is_distributed(p) for p in module.parameters(recurse=False)):
+        return None
+    name = str(getattr(forward, "__qualname__", "")).partition(".")[0] if style is None else type(style).__name__
+    return (
+        f"it runs under transformers' {name}, which sums over processes by hand, for its own tensors only, so an "
+        "adapter's gradient would be one process's share"
+    )
 
 
 def _installed(module: nn.Module) -> tuple[Any, Any, Callable[..., Any] | None]:
-    """Return transformers' style, its mesh and the forward below it."""
+    """Return transformers' tensor-parallel style, its mesh and the forward below it; Nones where there is no style."""
     forward = module.__dict__.get("forward")
-    library = sys.modules.get("transformers.distributed.tensor_parallel")
+    library = sys.modules.get(_TRANSFORMERS)
     if forward is None or library is None or getattr(forward, "__closure__", None) is None:
         return None, None, None
     held = dict(zip(forward.__code__.co_freevars, (cell.cell_contents for cell in forward.__closure__), strict=True))
@@ -78,14 +119,15 @@ def _installed(module: nn.Module) -> tuple[Any, Any, Callable[..., Any] | None]:
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:
     for table, marks in _TABLES:
         hooks = getattr(source, table)
-        for key in [key for key, hook in hooks.items() if _is_parallel(hook)]:
+        for key in [key for key, hook in hooks.items() if _home(hook) in _HOMES]:
             getattr(target, table)[key] = hooks.pop(key)
             for mark in marks:
                 if getattr(source, mark).pop(key, None):
                     getattr(target, mark)[key] = True
 
 
-def _is_parallel(hook: Callable[..., Any]) -> bool:
+def _home(hook: Callable[..., Any]) -> str | None:
+    """Return the name of the module that a hook was written in."""
     while isinstance(hook, functools.partial):
         hook = hook.func
-    return getattr(hook, "__module__", None) in _HOMES
+    return getattr(hook, "__module__", None)

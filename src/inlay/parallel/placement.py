@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import UnsupportedError
-from inlay.parallel.hooks import transformers_style
+from inlay.parallel.hooks import hidden_reduction
 from inlay.parallel.tensors import is_distributed
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ __all__ = ["Layout", "layout_of", "spread"]
 
 # axis of a base weight -> names that slots give to the same extent
 _SAME_EXTENT = {"out": ("out",), "in": ("in", "all_in", "fan_in")}
-# transformers' styles that leave the weight whole and sum its gradient behind autograd's back
-_HIDDEN_REDUCTION = ("ReplicatedWithGradAllReduce",)
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,9 @@ def layout_of(module: nn.Module, kind: Kind, site: Site) -> Layout | None:
         UnsupportedError: the weight is spread in a way that the adapter's tensors cannot follow.
     """
     weight = getattr(module, kind.weight_name, None)
-    style = transformers_style(module)
-    if style is not None and (type(style).__name__ in _HIDDEN_REDUCTION or not is_distributed(weight)):
-        raise UnsupportedError(
-            f"{site.name!r} runs under transformers' {type(style).__name__}, which computes with plain tensors and "
-            "reduces behind autograd's back, so an adapter's gradient would be that of one process only"
-        )
+    reason = hidden_reduction(module)
+    if reason is not None:
+        raise UnsupportedError(f"{site.name!r} cannot be adapted: {reason}")
     if not isinstance(weight, Tensor) or not is_distributed(weight):
         return None
     from torch.distributed.tensor import Replicate, Shard

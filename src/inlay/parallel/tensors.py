@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["beside", "gather", "in_blocks", "is_distributed", "local_share", "replicate", "scatter"]
+__all__ = ["beside", "gather", "in_blocks", "is_distributed", "local_share", "replicate", "rewrap", "scatter", "summed"]
 
 
 def is_distributed(tensor: object) -> bool:
@@ -109,6 +109,16 @@ def in_blocks(x: Tensor, size: int, function: Callable[[Tensor], Tensor]) -> Ten
     y: Any = function(x.unflatten(-1, (-1, size))).flatten(-2)
     # Changes nothing, but makes its gradient come in the same placement.
     return y.redistribute(placements=y.placements)
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Return a tensor of which processes hold parts of a sum with the sum in all of them; others as they are."""
+    if not is_distributed(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    placements = [Replicate() if p.is_partial() else p for p in tensor.placements]  # type: ignore[attr-defined]
+    return tensor.redistribute(placements=placements)  # type: ignore[attr-defined]
 
 
 def replicate(tensor: Tensor, mesh: Any) -> Tensor:
