@@ -22,6 +22,7 @@ from inlay.core.mount import ModuleCopies
 from inlay.core.patterns import layer_index, matcher, pattern_key
 from inlay.core.policy import INLAY, Policy
 from inlay.core.registry import method_class
+from inlay.core.replicate import Replication, installed, replication_of
 from inlay.core.slot import Slot
 from inlay.core.state import State, check_adapter_name, find_state
 from inlay.core.targets import ALL_LINEAR, Place, linear_paths, places, shortened
@@ -96,6 +97,7 @@ class Plan:
         unmatched: patterns that matched nothing, with the nearest names.
         biases: base biases that will train.
         resolved: config fields whose resolved values are written back.
+        replication: the longer list of blocks that the placements lie in, if there is one.
     """
 
     model: nn.Module
@@ -113,6 +115,7 @@ class Plan:
     unmatched: dict[str, list[str]] = field(default_factory=dict)
     biases: list[str] = field(default_factory=list)
     resolved: dict[str, Any] = field(default_factory=dict)
+    replication: Replication | None = None
 
     @property
     def trainable(self) -> int:
@@ -192,11 +195,19 @@ def plan(
     for field_name, value in method.implied(model, _model_type(model)).items():
         made.resolved[field_name] = value
         setattr(method.config, field_name, copy.deepcopy(value))
-    everything = places(model)
+    made.replication = replication_of(model, method.config, state)
+    with installed(made.replication, model):
+        _resolve(made)
+    return made
+
+
+def _resolve(made: Plan) -> None:
+    """Find every place that the plan's config means."""
+    everything = places(made.model)
     chosen = _choose(made, everything)
     for place, pattern in without_companions(chosen):
         made.matched.setdefault(pattern, []).append(place.path)
-        made.placements.append(place_method(made, place, pattern, method))
+        made.placements.append(place_method(made, place, pattern, made.method))
     extend_plan(made, everything)
     _plan_copies(made, everything)
     tie_copies(made, everything)
@@ -204,10 +215,9 @@ def plan(
         raise NoTargetError(_nothing_matched(made, everything))
     refuse_managed((p.place.path, p.place.base) for p in made.placements)
     refuse_managed((place.path, place.module) for place, _ in made.copies)
-    made.shared = method.shared_slots([p.site for p in made.placements if p.method is method])
+    made.shared = made.method.shared_slots([p.site for p in made.placements if p.method is made.method])
     _plan_biases(made)
     _check_patterns(made)
-    return made
 
 
 def place_method(
@@ -314,7 +324,8 @@ def _choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
         hit.add(pattern)
         chosen.append((place, pattern))
     if not isinstance(targets, str):
-        _unmatched(made, "target_modules", set(targets) - hit, everything)
+        taken = [path for place, _ in chosen for path in (place.path, *place.aliases)]
+        _unmatched(made, "target_modules", set(targets) - hit, everything, taken)
     if exclude is not None:
         asked = {config.exclude_modules} if isinstance(config.exclude_modules, str) else set(config.exclude_modules)
         _unmatched(made, "exclude_modules", asked - excluded, everything)
@@ -327,10 +338,14 @@ def _model_type(model: nn.Module) -> str | None:
     return config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
 
 
-def _unmatched(made: Plan, what: str, patterns: Iterable[str], everything: list[Place]) -> None:
-    """Record patterns that matched nothing."""
+def _unmatched(
+    made: Plan, what: str, patterns: Iterable[str], everything: list[Place], taken: Iterable[str] = ()
+) -> None:
+    """Record patterns that matched nothing, also none of the ``taken`` paths, which a longer pattern chose."""
     paths = [place.path for place in everything]
     for pattern in patterns:
+        if any(map(matcher([pattern]), taken)):
+            continue
         made.unmatched[f"{what}: {pattern}"] = nearest(pattern, [*paths, *(p.rpartition(".")[2] for p in paths)])
 
 
@@ -374,7 +389,7 @@ def _plan_copies(made: Plan, everything: list[Place]) -> None:
         hit.add(pattern)
         made.copies.append((place, pattern))
         made.matched.setdefault(pattern, []).append(place.path)
-    _unmatched(made, "modules_to_save", set(wanted) - hit - optional, everything)
+    _unmatched(made, "modules_to_save", set(wanted) - hit - optional, everything, [p.path for p, _ in made.copies])
 
 
 def _plan_biases(made: Plan) -> None:
