@@ -71,6 +71,11 @@ def inject(
             state.base_grad = before
             for p in parameters.values():
                 p.requires_grad_(False)
+        if plan.replication is not None:
+            plan.replication.install(plan.model)
+            undo.append(partial(plan.replication.restore, plan.model))
+            undo.append(partial(setattr, state, "replication", None))
+            state.replication = plan.replication
         for placement, tensors in built:
             layer = _adapted(placement, state, undo)
             _mount(layer, plan, placement, tensors, undo)
@@ -455,6 +460,8 @@ def delete(model: nn.Module, state: State, name: str) -> None:
             dismount(layer, name)
     _take_out_empty(model, state)
     restore_readers(model)
+    if len(state.records) == 1:
+        _end_replication(model, state)
     drop_shared(state, state.records.pop(name).shared, name)
     register_shared(model, state)
     state.active = tuple(active for active in state.active if active != name)
@@ -497,6 +504,7 @@ def eject(model: nn.Module, state: State, *, restore: bool = True) -> nn.Module:
         for parent, name in place.parents:
             setattr(parent, name, original)
     restore_readers(model)
+    _end_replication(model, state)
     _restore_grad(model, state.base_grad)
     if restore and state.base_values:
         named = dict(model.named_parameters())
@@ -511,6 +519,12 @@ def eject(model: nn.Module, state: State, *, restore: bool = True) -> nn.Module:
     state._layers.clear()
     state.touch()
     return model
+
+
+def _end_replication(model: nn.Module, state: State) -> None:
+    if state.replication is not None:
+        state.replication.restore(model)
+        state.replication = None
 
 
 def _lowered(layer: AdaptedLayer, restore: bool) -> nn.Module:

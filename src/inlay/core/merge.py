@@ -59,6 +59,11 @@ def merge_layers(
         wanted = [name for name in names if name in layer.entries and name not in layer._merged]
         chain = tuple(entry for name in wanted for entry in layer.entries[name])
         if chain:
+            if layer.state.replication is not None:
+                raise MergeError(
+                    f"{layer.site.name!r}: layer_replication repeats blocks that share their weights, so no block's "
+                    "update can be written into them; unload the adapters, or run them unmerged"
+                )
             layer.check_active(wanted)
             _check_order(layer, wanted, chain, keep)
             work.append((layer, chain))

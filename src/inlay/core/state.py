@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from inlay.core.layer import AdaptedLayer
     from inlay.core.method import Method
     from inlay.core.mount import ModuleCopies
+    from inlay.core.replicate import Replication
     from inlay.core.slot import Slot
 
     Adapted: TypeAlias = AdaptedLayer | ModuleCopies
@@ -59,6 +60,7 @@ class State:
             gives ``vera_A.<adapter>`` the name that the slot says.
         base_values: base tensors that training or an initialiser may change, as they were (name -> tensor).
         base_grad: ``requires_grad`` of the base parameters before the first adapter came.
+        replication: the list of blocks that ``layer_replication`` replaced, to be put back.
     """
 
     policy: Policy = INLAY
@@ -69,6 +71,7 @@ class State:
     shared: nn.Module = field(default_factory=nn.Module)
     base_values: dict[str, Tensor] = field(default_factory=dict)
     base_grad: dict[str, bool] = field(default_factory=dict)
+    replication: Replication | None = None
     _layers: list[weakref.ref[Any]] = field(default_factory=list, repr=False)
     _holder: weakref.ref[nn.Module] | None = field(default=None, repr=False)
 
