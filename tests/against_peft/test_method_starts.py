@@ -16,6 +16,8 @@ from inlay.core.inject import inject
 from inlay.core.plan import plan
 from inlay.core.policy import PEFT
 from inlay.methods.fourierft import FourierFTConfig
+from inlay.methods.oft import OFTConfig
+from inlay.methods.trainable_tokens import TrainableTokensConfig
 from inlay.methods.vera import VeraConfig
 
 
@@ -152,3 +154,25 @@ def test_fourier_needs_a_seed():
         FourierFTConfig(random_loc_seed=None)
     with pytest.raises(RuntimeError, match="manual_seed"):  # while injecting
         peft.get_peft_model(LAYERS["linear"].model(), peft.FourierFTConfig(n_frequency=4, random_loc_seed=None, **T))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OFTConfig(oft_block_size=4, **T),
+        FourierFTConfig(n_frequency=5, **T),
+        TrainableTokensConfig(token_indices=[1, 3], **T),
+        VeraConfig(r=4, save_projection=False, **T),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_what_no_checkpoint_holds_is_there_after_a_low_memory_injection(config):
+    """The rest is on the meta device until a load assigns it; then both models run alike."""
+    full, low = LAYERS["linear"].model(), LAYERS["linear"].model()
+    inject(plan(full, config))
+    inject(plan(low, config), low_memory=True)
+    given = {name: p for name, p in full.named_parameters() if p.requires_grad}
+    assert all(p.is_meta for name, p in low.named_parameters() if name in given)
+    low.load_state_dict(given, strict=False, assign=True)
+    x = LAYERS["linear"].input()
+    assert torch.equal(low(x), full(x))
