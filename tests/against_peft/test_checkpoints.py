@@ -253,6 +253,69 @@ def test_report_r1_peft_drops_keys_in_silence_and_we_do_not(tmp_path):
     assert [type(module) for module in base.modules()] == [type(module) for module in net().modules()]
 
 
+def llama(tied: bool = True) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.LlamaConfig(**sizes, **heads, tie_word_embeddings=tied)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+TIED = {
+    "adapted": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    "token_rows": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+    "copies": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning", "ignore:.*embedding:UserWarning")
+@pytest.mark.parametrize("embeddings", [False, True, "auto"])
+@pytest.mark.parametrize("fields", TIED.values(), ids=TIED)
+def test_layers_that_share_a_weight(fields, embeddings, tmp_path):
+    """The output head uses the embedding's tensors; PEFT writes some of them under both names, and so do we."""
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    them = shaken(peft.get_peft_model(llama(), peft.LoraConfig(r=2, **copy.deepcopy(fields)))).eval()
+    mine = shaken(inlay.get_peft_model(llama(), inlay.LoraConfig(r=2, **copy.deepcopy(fields)))).eval()
+    expected = peft.get_peft_model_state_dict(them, save_embedding_layers=embeddings)
+    found = get_peft_model_state_dict(mine, save_embedding_layers=embeddings)
+    if embeddings is not True or fields is TIED["adapted"]:  # else PEFT's keys show its wrappers
+        assert {key: value.shape for key, value in found.items()} == {key: v.shape for key, v in expected.items()}
+    mine.save_pretrained(tmp_path / "ours", save_embedding_layers=embeddings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing")
+        read = peft.PeftModel.from_pretrained(llama(), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(read(tokens).logits, mine(tokens).logits, rtol=2e-6, atol=2e-6)
+    them.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=embeddings)
+    read = inlay.PeftModel.from_pretrained(llama(), tmp_path / "theirs")
+    torch.testing.assert_close(read(tokens).logits, them(tokens).logits, rtol=2e-6, atol=2e-6)
+
+
+def test_readers_that_do_not_tie_get_the_same_model():
+    """The head's own keys, put into an untied model with the same weights, give the same outputs."""
+    fields = {"r": 2, "target_modules": ["embed_tokens", "lm_head"]}
+    tied = shaken(inlay.get_peft_model(llama(), inlay.LoraConfig(**fields, ensure_weight_tying=True))).eval()
+    values = get_peft_model_state_dict(tied, save_embedding_layers=False)
+    untied = llama(tied=False)
+    untied.load_state_dict(llama().state_dict())
+    read = inlay.get_peft_model(untied, inlay.LoraConfig(**fields)).eval()
+    set_peft_model_state_dict(read, values)
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    torch.testing.assert_close(read(tokens).logits, tied(tokens).logits, rtol=2e-6, atol=2e-6)
+
+
+def test_peft_adds_the_update_of_an_output_projection_twice():
+    """Why the outputs of ``lora_attention`` are not compared: PEFT's are those of twice the update."""
+    them = shaken(theirs("lora_attention"))
+    values = peft.get_peft_model_state_dict(them)
+    mine = ours("lora_attention")
+    up = "base_model.model.attention.base_layer.out_proj.lora_B.weight"
+    set_peft_model_state_dict(mine, values)
+    assert not torch.allclose(mine(X), them(X), atol=1e-3)
+    set_peft_model_state_dict(mine, {**values, up: 2 * values[up]})
+    torch.testing.assert_close(mine(X), them(X), rtol=2e-6, atol=2e-6)
+
+
 def test_input_dicts_are_not_changed():
     mine = ours("copy")
     values = get_peft_model_state_dict(mine)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models_to_save import CONFIGS, adapted, assert_same, everything, net, shaken, tokens
 
+import inlay
 from inlay.checkpoint import adapter_tensors, load_all, read_manifest, save_adapters
 from inlay.checkpoint.manifest import Manifest
 from inlay.core.inject import set_active
@@ -109,6 +110,29 @@ def test_a_folder_that_peft_wrote_has_no_manifest(tmp_path):
         {"default": "", "alpha": "alpha", "mid": "mid", "zebra": "zebra"}, ("default",)
     )
     load_all(net(), tmp_path)
+
+
+def test_a_wrapper(tmp_path):
+    """The same through ``PeftModel``, a mixed one, whose adapters may be of any methods."""
+    model = inlay.get_peft_model(net(), CONFIGS["LORA"]["linear"](), "first", mixed=True)
+    model.add_adapter("default", CONFIGS["LOHA"]["kinds"]())
+    for name in ("first", "default"):
+        shaken(model, name)
+    model.set_adapter(["default", "first"])
+    model.base_model.model.lin.scaling["first"] = 0.75
+    save_adapters(model, tmp_path)
+    again = inlay.PeftMixedModel.from_pretrained(net(), tmp_path, adapters="all")
+    assert list(again.peft_config) == ["first", "default"]
+    assert again.active_adapters == ["default", "first"]
+    assert torch.equal(again(tokens()), model(tokens()))
+    for name in ("first", "default"):
+        assert_same(adapter_tensors(again, name), adapter_tensors(model, name))
+    (tmp_path / "adapter_model.safetensors").unlink()
+    fresh = net()
+    with pytest.raises(CheckpointError, match="adapter_model"):
+        inlay.PeftMixedModel.from_pretrained(fresh, tmp_path, adapters="all")
+    assert find_state(fresh) is None
+    assert_same(everything(fresh), everything(net()))
 
 
 BAD = {

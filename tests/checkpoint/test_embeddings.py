@@ -100,6 +100,14 @@ def test_resized(tmp_path, recorded, saved):
     assert bool(caught) == bool(saved)
 
 
+def test_a_damaged_base_config_does_not_lose_the_adapter(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    model, _ = adapted(lora("mid", base_model_name_or_path=str(tmp_path)), model=small())
+    with pytest.warns(UserWarning, match=r"unchanged: .*config\.json"):
+        save_adapters(model, tmp_path / "out")
+    load_all(small(), tmp_path / "out")
+
+
 def test_a_base_that_is_only_on_the_hub():
     config = lora("mid", base_model_name_or_path="nobody/nothing-of-that-name")
     model, _ = adapted(config, model=small(), policy=PEFT)

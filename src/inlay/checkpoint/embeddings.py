@@ -94,7 +94,11 @@ def _resized(tree: Tree, adapter: str) -> bool:
                 stacklevel=5,
             )
         return False
-    before = _vocabulary(read_json_object(path))
+    try:
+        before = _vocabulary(read_json_object(path))
+    except CheckpointError as error:  # the base model's file is no reason to lose a trained adapter
+        warnings.warn(f"the vocabulary is taken to be unchanged: {error}", InlayWarning, stacklevel=5)
+        return False
     return before is not None and before != now
 
 

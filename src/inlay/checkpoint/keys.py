@@ -48,7 +48,7 @@ def key_index(tree: Tree, adapter: str) -> KeyIndex:
     for targets in (_slots(tree, adapter), _shared(tree, adapter), _biases(tree, adapter), _copies(tree, adapter)):
         for target in targets:
             index.add(target)
-    index.redundant.update(_tied_keys(tree, adapter))
+    _add_tied(index, tree, adapter)
     return index
 
 
@@ -60,14 +60,28 @@ def _slots(tree: Tree, adapter: str) -> Iterator[Target]:
                 yield from _entry_slots(node, layer, entry)
 
 
-def _tied_keys(tree: Tree, adapter: str) -> Iterator[str]:
-    """Keys of layers that use the tensors of another layer, which has them under its own name."""
+def _add_tied(index: KeyIndex, tree: Tree, adapter: str) -> None:
+    """Add the keys of layers that use the tensors of another layer, which has them under its own name.
+
+    A low-rank update of a layer that sees its weight the other way round (an output head tied to an embedding) has
+    both factors swapped and transposed.
+    """
     for node in tree.nodes:
-        if isinstance(node.module, AdaptedLayer):
-            for entry in node.module.entries.get(adapter, ()):
-                if entry.home is not None:
-                    for slot in entry.method.slots(entry.site).values():
-                        yield f"{MODEL_PREFIX}{_dotted(node.path, slot.disk_name)}"
+        for entry in node.module.entries.get(adapter, ()) if isinstance(node.module, AdaptedLayer) else ():
+            if entry.home is None:
+                continue
+            slots = entry.method.slots(entry.site)
+            keys = {role: f"{MODEL_PREFIX}{_dotted(node.path, slot.disk_name)}" for role, slot in slots.items()}
+            index.redundant.update(keys.values())
+            home = entry.home
+            if not isinstance(home, AdaptedLayer) or slots.keys() != {"A", "B"}:
+                continue
+            turned = entry.site.lookup != home.site.lookup
+            other = {"A": "B", "B": "A"} if turned else {"A": "A", "B": "B"}
+            for role, containers, leaf in entry.places:
+                source = index.holding(*_holder(home, adapter, containers, leaf))
+                if source is not None:
+                    index.derived[keys[other[role]]] = (source, turned)
 
 
 def _entry_slots(node: Node, layer: AdaptedLayer, entry: Entry) -> Iterator[Target]:

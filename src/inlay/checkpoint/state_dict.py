@@ -55,10 +55,14 @@ def get_peft_model_state_dict(
     for target in embeddings_to_save(tree, adapter_name, save_embedding_layers):
         index.add(target)
     given = None if state_dict is None else _Given(state_dict)
-    return {
+    result = {
         key: target.whole(target.tensor if given is None else given.value(target))
         for key, target in index.saved().items()
     }
+    for key, (source, transposed) in index.derived.items():
+        value = result[index.rendered(source.key)]
+        result[index.rendered(key)] = value.mT if transposed else value
+    return result
 
 
 class _Given:

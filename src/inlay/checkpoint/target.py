@@ -76,12 +76,14 @@ class KeyIndex:
 
     Attributes:
         wrapped: whether this model's own keys have that prefix; those of a bare model do not.
-        redundant: keys that PEFT writes a second time for tied layers; they are not read.
+        redundant: keys of layers that use the tensors of a tied layer; they are not read.
+        derived: those of them that are written, because readers may not tie: key -> (whose value, transposed).
     """
 
     wrapped: bool
     targets: dict[str, Target] = field(default_factory=dict)
     redundant: set[str] = field(default_factory=set)
+    derived: dict[str, tuple[Target, bool]] = field(default_factory=dict)
     _known: dict[tuple[int, str], Target] = field(default_factory=dict)
 
     def add(self, target: Target) -> None:
@@ -100,6 +102,10 @@ class KeyIndex:
             raise CheckpointError(
                 f"{other.memory!r} and {target.memory!r} would both be saved as {target.key!r}; rename a module"
             )
+
+    def holding(self, module: nn.Module, attribute: str) -> Target | None:
+        """Return the target that lives at a module's attribute."""
+        return self._known.get((id(module), attribute))
 
     def rendered(self, key: str) -> str:
         """Return a key as this model writes it."""
