@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from inlay.core.state import State
-from inlay.errors import StateError
+from inlay.errors import StateError, UnsupportedError
 
 __all__ = ["register_shared", "shared_names", "unregister_shared"]
 
@@ -21,6 +21,7 @@ def register_shared(root: nn.Module, state: State) -> None:
     """Make the state's shared tensors children of the model, or of its wrapper, so that they move and save with it.
 
     Raises:
+        UnsupportedError: the model is an ``nn.Sequential``, which takes every child for a layer.
         StateError: there is an attribute of the name that a shared tensor needs.
     """
     holder = state.holder(root)
@@ -28,6 +29,11 @@ def register_shared(root: nn.Module, state: State) -> None:
         _drop_names(root)
     known = shared_names(holder)
     new = state.shared._modules
+    if new and isinstance(holder, nn.Sequential):
+        raise UnsupportedError(
+            "these adapters share tensors, which become children of the model, and an nn.Sequential would call them as "
+            "layers; put it into another module, or use get_peft_model"
+        )
     for name in new:
         if name not in known and hasattr(holder, name):
             raise StateError(
