@@ -92,6 +92,8 @@ def _words(text: str) -> frozenset[str]:
 
 
 def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
+    if min(len(one), len(other)) < SAME * max(len(one), len(other)):
+        return False  # too different in size to share that much: spares most intersections
     return len(one & other) >= SAME * len(one | other)
 
 
