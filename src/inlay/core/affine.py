@@ -7,7 +7,7 @@ linear layer on one-hot rows, a norm has fan_in 1. A bank of experts has leading
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,10 @@ class Site:
     patterns: str | None = None
     axes: tuple[int, ...] = ()
     padding: int | None = None
+
+    def below(self, prefix: str) -> Site:
+        """Return the site as a larger model names it; patterns go on meaning what they meant."""
+        return replace(self, name=prefix + self.name, patterns=self.patterns or self.name)
 
     @property
     def owner(self) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from inlay.core.affine import Affine, Site
 from inlay.core.dtype import merge_dtype
+from inlay.core.join import joined, offsets
 from inlay.core.layer import AdaptedLayer, AdapterTensors, Entry, find_tensor
 from inlay.core.mount import ModuleCopies
 from inlay.core.plan import Placement, Plan
@@ -55,7 +56,7 @@ def inject(
         StateError: the model was changed since it was planned.
     """
     seed = torch.initial_seed() if seed is None else seed
-    state = plan.state or State(policy=plan.policy)
+    state = joined(plan.model) or plan.state or State(policy=plan.policy)
     undo: list[Undo] = []
     first = not state.records
     parameters = dict(plan.model.named_parameters())
@@ -65,12 +66,11 @@ def inject(
             raise StateError(f"adapter {plan.adapter!r} came after this plan was made; plan again")
         shared = _build_shared(plan, low_memory, seed)
         built = [(placement, _build(plan, placement, low_memory, initialise, seed)) for placement in plan.placements]
-        if first:
-            before = {_clean(name): p.requires_grad for name, p in parameters.items()}
-            undo.append(lambda: _restore_grad(plan.model, before))
-            state.base_grad = before
-            for p in parameters.values():
-                p.requires_grad_(False)
+        above = _freeze(plan.model, state, parameters, undo)
+        if above:  # the model is a part of the one that had the first adapter
+            for placement, _ in built:
+                placement.site = placement.site.below(above)
+                placement.shares = tuple(above + path for path in placement.shares)
         if plan.replication is not None:
             plan.replication.install(plan.model)
             undo.append(partial(plan.replication.restore, plan.model))
@@ -90,9 +90,13 @@ def inject(
         if initialise and not low_memory:
             _prepare(plan, state, undo)
         for name, p in biases.items():
-            state.base_values.setdefault(_clean(name), p.detach().clone())
+            undo.append(partial(p.requires_grad_, p.requires_grad))
+            if above + _clean(name) not in state.base_values:
+                undo.append(partial(state.base_values.pop, above + _clean(name)))
+                state.base_values[above + _clean(name)] = p.detach().clone()
             p.requires_grad_(True)
         for name, value in plan.resolved.items():
+            undo.append(partial(setattr, plan.config, name, getattr(plan.config, name)))
             setattr(plan.config, name, value)
         if first:
             state.active = (plan.adapter,)
@@ -106,6 +110,21 @@ def inject(
         raise
     state.touch()
     return state
+
+
+def _freeze(model: nn.Module, state: State, parameters: dict[str, nn.Parameter], undo: list[Undo]) -> str:
+    """Freeze what no earlier adapter has frozen; returns what the state's names have before this model's."""
+    above = offsets(state, model)[1]
+    adapters = {id(p) for p in adapter_parameters(state, state.records)}
+    new = {name: p for name, p in parameters.items() if above + _clean(name) not in state.base_grad}
+    new = {name: p for name, p in new.items() if id(p) not in adapters}
+    before = {_clean(name): p.requires_grad for name, p in new.items()}
+    undo.append(partial(_restore_grad, model, before))
+    undo.append(partial(setattr, state, "base_grad", state.base_grad))
+    state.base_grad = state.base_grad | {above + name: flag for name, flag in before.items()}
+    for p in new.values():
+        p.requires_grad_(False)
+    return above
 
 
 def _clean(name: str) -> str:
@@ -172,9 +191,6 @@ def _adapted(placement: Placement, state: State, undo: list[Undo]) -> AdaptedLay
     here: Any = parent._modules[name]  # several parameters of one module are nested
     layer = placement.kind.adapt(here, placement.site, state)
     layer.shares = placement.shares
-    for parent, name in placement.place.parents:
-        setattr(parent, name, layer)
-    lift(here, layer)
 
     def back() -> None:
         lower(layer, here)
@@ -183,6 +199,9 @@ def _adapted(placement: Placement, state: State, undo: list[Undo]) -> AdaptedLay
         state.leave(layer)
 
     undo.append(back)
+    for parent, name in placement.place.parents:
+        setattr(parent, name, layer)
+    lift(here, layer)
     return layer
 
 
@@ -200,6 +219,8 @@ def _mount(
         entry.mesh = placement.layout.mesh
     if placement.method is plan.method:
         entry.shared = tuple((role, *slot.place) for role, slot in plan.shared.items())
+    layer.entries[adapter] = (*layer.entries.get(adapter, ()), entry)
+    undo.append(lambda: dismount(layer, adapter))
     field = placement.method.dropout_field
     if field is not None:
         p = float(getattr(placement.method.config, field) or 0.0)
@@ -208,8 +229,6 @@ def _mount(
         entry.home = _standing(placement.source)
     for role, slot in placement.slots.items() if placement.source is None else ():
         _hang(layer, adapter, slot, tensors[role], partial(placement.kind.leaf, placement.site, slot))
-    layer.entries[adapter] = (*layer.entries.get(adapter, ()), entry)
-    undo.append(lambda: dismount(layer, adapter))
 
 
 def _hang(home: nn.Module, adapter: str, slot: Slot, tensor: Tensor, new_leaf: Callable[[], nn.Module]) -> None:
@@ -304,8 +323,6 @@ def _copy_module(place: object, adapter: str, state: State, undo: list[Undo]) ->
         copies = here
     else:
         copies = ModuleCopies(place.path, here, state)
-        for parent, name in place.parents:
-            setattr(parent, name, copies)
 
         def back() -> None:
             for parent, name in place.parents:
@@ -313,10 +330,12 @@ def _copy_module(place: object, adapter: str, state: State, undo: list[Undo]) ->
             state.leave(copies)
 
         undo.append(back)
+        for parent, name in place.parents:
+            setattr(parent, name, copies)
+    undo.append(lambda: copies.modules_to_save._modules.pop(adapter, None))
     copies.add(adapter)
     for parameter in copies.modules_to_save._modules[adapter].parameters():
         parameter.requires_grad_(True)
-    undo.append(lambda: copies.modules_to_save._modules.pop(adapter, None))
 
 
 def _tie_copies(plan: Plan) -> None:
@@ -353,7 +372,10 @@ def _rebase(layer: AdaptedLayer, rebased: Affine, state: State, undo: list[Undo]
     new = layer.kind.stored(leaf, layer.site, rebased)
     old = {name: getattr(leaf, name).detach().clone() for name in new}
     for name, tensor in old.items():
-        state.base_values.setdefault(f"{layer.site.owner}.{name}", tensor)
+        key = f"{layer.site.owner}.{name}"
+        if key not in state.base_values:
+            undo.append(partial(state.base_values.pop, key))
+            state.base_values[key] = tensor
     undo.append(lambda: layer.write(old, (), {}))
     layer.write(new, (), {})
 

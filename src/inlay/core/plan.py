@@ -15,6 +15,7 @@ from inlay.core import storage
 from inlay.core.affine import Site
 from inlay.core.dtype import adapter_dtype
 from inlay.core.extend import extend_plan, readable, tie_copies, without_companions
+from inlay.core.join import check_joinable
 from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
@@ -24,7 +25,7 @@ from inlay.core.policy import INLAY, Policy
 from inlay.core.registry import method_class
 from inlay.core.replicate import Replication, installed, replication_of
 from inlay.core.slot import Slot
-from inlay.core.state import State, check_adapter_name, find_state
+from inlay.core.state import State, check_adapter_name, find_states
 from inlay.core.targets import ALL_LINEAR, Place, linear_paths, places, shortened
 from inlay.errors import InlayWarning, NoTargetError, TargetError, UnsupportedError, did_you_mean, nearest
 from inlay.parallel.fsdp import refuse_managed
@@ -186,9 +187,11 @@ def plan(
         UnsupportedError: the method cannot work on a matched layer; the message says why.
         AdapterNameError: the name is unsafe or taken.
     """
-    state = find_state(model)
+    states = find_states(model)
+    check_joinable(states)
+    state = states[0] if states else None
     policy = policy or (state.policy if state is not None else INLAY)
-    check_adapter_name(adapter_name, state.records if state is not None else None)
+    check_adapter_name(adapter_name, {name: record for one in states for name, record in one.records.items()})
     method = method_class(config.peft_type).variant(config)(copy.deepcopy(config))
     method.prefix_patterns = policy.prefix_patterns
     made = Plan(model, adapter_name, config, method, policy, state, autocast_adapter_dtype)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor, nn
 
 from inlay.core.policy import INLAY, Policy
-from inlay.errors import AdapterNameError, UnknownAdapterError, did_you_mean
+from inlay.errors import AdapterNameError, StateError, UnknownAdapterError, did_you_mean
 
 if TYPE_CHECKING:
     from inlay.core.layer import AdaptedLayer
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Adapted: TypeAlias = AdaptedLayer | ModuleCopies
 
-__all__ = ["BASE", "Record", "State", "check_adapter_name", "find_state"]
+__all__ = ["BASE", "Record", "State", "check_adapter_name", "find_state", "find_states"]
 
 # The name that stands for "no adapter" where adapters are chosen by sample.
 BASE = "__base__"
@@ -88,6 +88,11 @@ class State:
         """Let ``holder``, a wrapper around the model, register the shared tensors instead of the model itself."""
         self._holder = weakref.ref(holder)
 
+    @property
+    def wrapped(self) -> bool:
+        """Whether a wrapper around the model holds this state."""
+        return self._holder is not None and self._holder() is not None
+
     def holder(self, root: nn.Module) -> nn.Module:
         """Return the module that registers the shared tensors: ``root``, unless a wrapper does."""
         held = None if self._holder is None else self._holder()
@@ -124,12 +129,13 @@ def check_adapter_name(name: object, taken: dict[str, Record] | None = None) -> 
     """Return ``name`` if it can name an adapter.
 
     Raises:
-        AdapterNameError: not a string, empty, with a dot or a path separator in it, ``__base__``, or taken.
+        AdapterNameError: not a string, empty, with a dot or a path separator in it, ``__base__``, ``training``, or
+            taken.
     """
     if not isinstance(name, str) or not name:
         raise AdapterNameError(f"an adapter name must be a non-empty string, found {name!r}")
     bad = sorted({char for char in name if char in "./\\\0*" or not char.isprintable()})
-    if bad or name in ("", "..", BASE):
+    if bad or name in (BASE, "training"):  # torch assigns to `training` on every module, also on those that hold names
         why = f"it contains {', '.join(map(repr, bad))}" if bad else "it is reserved"
         raise AdapterNameError(
             f"{name!r} cannot name an adapter: {why}. The name becomes part of parameter names and of a folder"
@@ -139,23 +145,27 @@ def check_adapter_name(name: object, taken: dict[str, Record] | None = None) -> 
     return name
 
 
-def find_state(model: nn.Module) -> State | None:
-    """Return the state of a model that has adapters, or None.
-
-    Raises:
-        AdapterNameError: parts of the model belong to different states that share an adapter name.
-    """
+def find_states(model: nn.Module) -> list[State]:
+    """Return the states of a model: none, one, or several if its parts were given adapters separately."""
     found: dict[int, State] = {}
     for module in model.modules():
         state = module.__dict__.get("_state")
         if isinstance(state, State):
             found.setdefault(id(state), state)
-    states = list(found.values())
+    return list(found.values())
+
+
+def find_state(model: nn.Module) -> State | None:
+    """Return the state of a model that has adapters, or None.
+
+    Raises:
+        StateError: its parts were given adapters separately, and so far nothing into the whole.
+    """
+    states = find_states(model)
     if len(states) < 2:
         return states[0] if states else None
-    names = [name for state in states for name in state.records]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    raise AdapterNameError(
-        "parts of this model were given adapters separately, and they cannot be joined"
-        + (f": both have {', '.join(map(repr, twice))}" if twice else "")
+    parts = "; ".join(", ".join(map(repr, state.records)) for state in states)
+    raise StateError(
+        f"parts of this {type(model).__name__} were given adapters separately ({parts}); pass the part that is "
+        "meant, or inject into the whole, which joins them"
     )
