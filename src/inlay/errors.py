@@ -5,7 +5,8 @@
     InlayError
     ├── ConfigError (ValueError)            a config field has a wrong value
     │   ├── ConfigTypeError (TypeError)     ... or a wrong type
-    │   └── UnknownFieldError (TypeError)   a field that does not exist
+    │   ├── UnknownFieldError (TypeError)   a field that does not exist
+    │   └── UnknownMethodError (KeyError)   a peft_type that no available method has
     ├── TargetError (ValueError)            a pattern, module or parameter that is not there
     │   └── NoTargetError                   nothing at all was matched
     ├── AdapterNameError (ValueError)       an unsafe, duplicate or unknown adapter name
@@ -47,6 +48,7 @@ __all__ = [
     "TargetError",
     "UnknownAdapterError",
     "UnknownFieldError",
+    "UnknownMethodError",
     "UnsupportedError",
 ]
 
@@ -65,6 +67,13 @@ class ConfigTypeError(ConfigError, TypeError):
 
 class UnknownFieldError(ConfigError, TypeError):
     """A keyword or field that the configuration class does not have."""
+
+
+class UnknownMethodError(ConfigError, KeyError):
+    """A ``peft_type`` that no available method has."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""
 
 
 class TargetError(InlayError, ValueError):

@@ -28,7 +28,14 @@ from inlay.config.files import CONFIG_NAME, HUB_KEYWORDS, read_json_object, reso
 from inlay.config.hub import PushToHub
 from inlay.config.settings import Settings, setting, settings
 from inlay.config.types import PeftType, TaskType
-from inlay.errors import CheckpointError, ConfigError, InlayWarning, UnknownFieldError, did_you_mean
+from inlay.errors import (
+    CheckpointError,
+    ConfigError,
+    InlayWarning,
+    UnknownFieldError,
+    UnknownMethodError,
+    did_you_mean,
+)
 
 __all__ = ["COMPATIBLE_PEFT_VERSION", "PeftConfig"]
 
@@ -262,7 +269,7 @@ def _class_for(peft_type: Any, source: str) -> type[PeftConfig]:
         if _name(peft_type) in PeftType.__members__:
             reason = f"{_name(peft_type)!r} is a method of PEFT that is not available here; available: "
             reason += f"{', '.join(method_types())}."
-        raise ConfigError(f"{source}: peft_type: {reason}") from None
+        raise UnknownMethodError(f"{source}: peft_type: {reason}") from None
 
 
 def _from_values(cls: type[PeftConfig], values: Mapping[str, Any], source: str) -> PeftConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from inlay.errors import ConfigError, did_you_mean
+from inlay.errors import ConfigError, UnknownMethodError, did_you_mean
 
 if TYPE_CHECKING:
     from inlay.core.method import Method
@@ -46,13 +46,13 @@ def method_class(peft_type: Any) -> type[Method]:
     """Return the method class for ``peft_type``.
 
     Raises:
-        ConfigError: no method of that name exists.
+        UnknownMethodError: no method of that name exists.
     """
     key = str(getattr(peft_type, "value", peft_type))
     if key not in _methods and key in BUILTIN_METHODS:
         import_module(BUILTIN_METHODS[key])
     if key not in _methods:
-        raise ConfigError(f"peft_type {key!r} is not an available method.{did_you_mean(key, method_types())}")
+        raise UnknownMethodError(f"peft_type {key!r} is not an available method.{did_you_mean(key, method_types())}")
     return _methods[key]
 
 
@@ -60,6 +60,6 @@ def config_class(peft_type: Any) -> type[Any]:
     """Return the config class for ``peft_type``.
 
     Raises:
-        ConfigError: no method of that name exists.
+        UnknownMethodError: no method of that name exists.
     """
     return method_class(peft_type).config_class

@@ -41,32 +41,35 @@ class Place:
 
 
 def places(model: nn.Module) -> list[Place]:
-    """Return every module of the model but the root, parents first; adapters' own modules are passed over."""
+    """Return every module of the model but the root, in the order of ``named_modules``.
+
+    Adapters' own modules are passed over. A module that the model holds at several places has the first one's path.
+    """
     found: dict[int, Place] = {}
-    todo: list[tuple[str, nn.Module]] = [("", model)]
-    # depth first, in the order of registration
+    todo = list(reversed(_children(model, "")))
     while todo:
-        prefix, parent = todo.pop()
-        children: list[tuple[str, nn.Module]] = []
-        passed = shared_names(parent)
-        for name, child in parent._modules.items():
-            if child is None or name in passed:
-                continue
-            path = f"{prefix}.{name}" if prefix else name
-            known = found.get(id(child))
-            if known is not None:
-                known.parents.append((parent, name))
-                known.aliases.append(path)
-                continue
-            found[id(child)] = Place(path, child, [(parent, name)], [])
-            if isinstance(child, AdaptedLayer):
-                children.append((path, child.get_base_layer()))
-            elif isinstance(child, ModuleCopies):
-                continue
-            else:
-                children.append((path, child))
-        todo.extend(reversed(children))
+        path, parent, name, module = todo.pop()
+        known = found.get(id(module))
+        if known is not None:
+            known.parents.append((parent, name))
+            known.aliases.append(path)
+            continue
+        found[id(module)] = Place(path, module, [(parent, name)], [])
+        if isinstance(module, AdaptedLayer):
+            todo.extend(reversed(_children(module.get_base_layer(), path)))
+        elif not isinstance(module, ModuleCopies):
+            todo.extend(reversed(_children(module, path)))
     return list(found.values())
+
+
+def _children(parent: nn.Module, path: str) -> list[tuple[str, nn.Module, str, nn.Module]]:
+    """Return (path, parent, name, module) of the modules right below one."""
+    passed = shared_names(parent)
+    return [
+        (f"{path}.{name}" if path else name, parent, name, child)
+        for name, child in parent._modules.items()
+        if child is not None and name not in passed
+    ]
 
 
 def linear_paths(model: nn.Module, everything: list[Place], task_type: Any) -> set[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import Any, ClassVar
 
 from inlay.config import PeftConfig
 from inlay.config.files import HUB_KEYWORDS
-from inlay.errors import CheckpointError, ConfigError, did_you_mean
+from inlay.errors import CheckpointError, ConfigError, MissingExtraError, did_you_mean
 from inlay.models.skeleton import AUTO_CLASSES, transformers_library
 from inlay.models.tasks import wrapper_class
 
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 # Libraries whose classes an adapter's configuration may name; a file must not be able to import anything else.
-_LIBRARIES = ("transformers",)
+LIBRARIES = ("diffusers", "transformers")
 
 
 class AutoPeftModel:
@@ -41,6 +42,7 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         revision: str | None = None,
+        import_allowlist: list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load base model and adapter.
@@ -51,6 +53,8 @@ class AutoPeftModel:
             is_trainable: make the adapter trainable.
             config: a configuration to use instead of the one in the folder.
             revision: the adapter's revision. That of the base model stands in the configuration.
+            import_allowlist: libraries whose model class the configuration may name (where it has no task); by default
+                diffusers and transformers.
             kwargs: what ``huggingface_hub`` takes goes to both loads; ``subfolder``, ``autocast_adapter_dtype``,
                 ``key_mapping`` and ``ignore_mismatched_sizes`` to the adapter's; the rest (``dtype``, ``device_map``,
                 ...) to the base model's.
@@ -84,7 +88,8 @@ class AutoPeftModel:
                 f"{os.fspath(pretrained_model_name_or_path)!r}: the configuration names no base model; load one and "
                 "use PeftModel.from_pretrained(model, folder)"
             )
-        target = cls._base_class(library, config)
+        allowed = LIBRARIES if import_allowlist is None else tuple(import_allowlist)
+        target = cls._base_class(library, config, allowed)
         base = target.from_pretrained(base_name, **{**kwargs, "revision": config.revision or "main"})
         wrapper: Any = wrapper_class(cls.task or config.task_type)
         cls._fit_vocabulary(base, pretrained_model_name_or_path, for_adapter.get("subfolder"), hub)
@@ -99,8 +104,8 @@ class AutoPeftModel:
         )
 
     @classmethod
-    def _base_class(cls, library: Any, config: Any) -> Any:
-        """Return the class of transformers that loads the base model."""
+    def _base_class(cls, library: Any, config: Any, allowed: tuple[str, ...]) -> Any:
+        """Return the class that loads the base model."""
         task = None if config.task_type is None else str(getattr(config.task_type, "value", config.task_type))
         if cls.task is not None:
             if task is not None and task != cls.task:
@@ -115,14 +120,7 @@ class AutoPeftModel:
                 "the adapter's configuration has neither task_type nor auto_mapping.base_model_class, so the class of "
                 "its base model is not known; use one of the AutoPeftModelFor... classes"
             )
-        found = getattr(library, name, None) if module.partition(".")[0] in _LIBRARIES else None
-        if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
-            raise ConfigError(
-                f"auto_mapping: {module}.{name} is no model class of transformers, and a file cannot have anything "
-                f"else imported.{did_you_mean(name, dir(library))} Load the base model yourself and use "
-                "PeftModel.from_pretrained(model, folder)"
-            )
-        return found
+        return _named_class(module, name, allowed)
 
     @classmethod
     def _fit_vocabulary(cls, base: Any, folder: Any, subfolder: str | None, hub: dict[str, Any]) -> None:
@@ -135,6 +133,24 @@ class AutoPeftModel:
         rows = base.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > rows:
             base.resize_token_embeddings(len(tokenizer))
+
+
+def _named_class(module: str, name: str, allowed: tuple[str, ...]) -> Any:
+    """Import the model class that a configuration names, from libraries that are allowed only."""
+    if not any(module == library or module.startswith(f"{library}.") for library in allowed):
+        raise ConfigError(
+            f"auto_mapping: the configuration wants {name!r} imported from {module!r}, and only "
+            f"{', '.join(allowed)} may be imported because a file says so; if that library can be trusted, give "
+            f"import_allowlist=[{module.partition('.')[0]!r}]"
+        )
+    try:
+        library = import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(f"auto_mapping: the base model's class is in {module!r}: {error}") from error
+    found = getattr(library, name, None)
+    if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+        raise ConfigError(f"auto_mapping: {module}.{name} is no model class.{did_you_mean(name, dir(library))}")
+    return found
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

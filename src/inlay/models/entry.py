@@ -10,7 +10,7 @@ from inlay.config import PeftConfig
 from inlay.core.plan import Plan
 from inlay.core.plan import plan as make_plan
 from inlay.core.policy import INLAY, Policy
-from inlay.errors import ConfigTypeError, StateError
+from inlay.errors import ConfigTypeError, StateError, UnknownMethodError
 from inlay.models import operate
 from inlay.models.mixed import PeftMixedModel
 from inlay.models.peft_model import PeftModel
@@ -185,8 +185,9 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     """Return the configuration that a dict with ``peft_type`` describes.
 
     Raises:
-        ConfigError: no or an unknown ``peft_type``, or a wrong value.
+        UnknownMethodError: no or an unknown ``peft_type``.
+        ConfigError: a wrong value.
     """
     if "peft_type" not in config_dict:
-        raise ConfigTypeError("get_peft_config: the key 'peft_type' is missing, which names the method")
+        raise UnknownMethodError("get_peft_config: the key 'peft_type' is missing, which names the method")
     return PeftConfig.from_peft_type(**config_dict)

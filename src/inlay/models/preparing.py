@@ -66,17 +66,17 @@ def _let_gradients_in(model: Any) -> None:
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what is frozen to half precision, and hold what trains in float32.
+    """Cast what is frozen, and hold what trains in float32.
 
     Args:
         model: changed in place.
-        dtype: float16 or bfloat16.
+        dtype: of what is frozen, such as ``torch.bfloat16``.
 
     Raises:
-        ConfigError: ``dtype`` is no half precision.
+        ConfigError: ``dtype`` is no floating dtype.
     """
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise ConfigError(f"cast_mixed_precision_params: dtype: expected float16 or bfloat16, found {dtype}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"cast_mixed_precision_params: dtype: expected a floating dtype, found {dtype}")
     for parameter in model.parameters():
         if not parameter.is_floating_point() or type(parameter).__name__ in _QUANTISED:
             continue

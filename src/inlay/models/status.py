@@ -30,7 +30,8 @@ class TunerLayerStatus:
         name: its path below the module that was asked.
         module_type: method and layer class, such as ``lora.Linear``.
         enabled: whether its adapters are switched on.
-        active_adapters, merged_adapters: in order, whether or not the layer has them.
+        active_adapters, merged_adapters: in order, whether or not the layer has them; of a module that adapters copy
+            in full, those that have a copy.
         requires_grad: by adapter; ``"irregular"`` where its tensors differ.
         available_adapters: those that the layer has, sorted.
         devices: by adapter.
@@ -50,7 +51,10 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """All adapted layers of a model; ``"irregular"`` where they do not agree."""
+    """All adapted layers of a model; ``"irregular"`` where they do not agree.
+
+    Active and merged adapters are those of the adapted layers; modules that adapters copy in full do not count.
+    """
 
     base_model_type: str
     adapter_model_type: str
@@ -86,7 +90,7 @@ def layer_status(model: nn.Module) -> list[TunerLayerStatus]:
                 name=path.removeprefix(prefix),
                 module_type=_module_type(module),
                 enabled=module.enabled and not (call is not None and call.disabled),
-                active_adapters=module.active_adapters,
+                active_adapters=_active(module, tensors),
                 merged_adapters=list(module._merged),
                 requires_grad={name: _common(t.requires_grad for t in held) for name, held in tensors.items()},
                 available_adapters=sorted(tensors),
@@ -124,7 +128,7 @@ def model_status(model: nn.Module) -> TunerModelStatus:
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_common(layer.enabled for layer in layers),
-        active_adapters=_common(layer.active_adapters for layer in layers),
+        active_adapters=_common(layer.active_adapters for layer in adapted or layers),
         merged_adapters=_common(layer.merged_adapters for layer in adapted or layers),
         requires_grad={
             name: _common(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
@@ -148,6 +152,12 @@ def _common(values: Iterable[V]) -> V | Irregular:
     """Return what all values are, or ``"irregular"``."""
     values = list(values)
     return values[0] if all(value == values[0] for value in values) else "irregular"
+
+
+def _active(module: AdaptedLayer | ModuleCopies, tensors: dict[str, list[Tensor]]) -> list[str]:
+    """Return who is active; a module that adapters copy in full knows only those with a copy."""
+    names = module.active_adapters
+    return names if isinstance(module, AdaptedLayer) else [name for name in names if name in tensors]
 
 
 def _tensors(module: AdaptedLayer | ModuleCopies) -> dict[str, list[Tensor]]:
