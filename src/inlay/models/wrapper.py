@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
@@ -83,6 +84,16 @@ class Wrapper(nn.Module):
             return base.generate(*args, **kwargs)
         with self._routed(names, batch_size(args, kwargs), rows_per_prompt(base, args, kwargs)):
             return base.generate(*args, **kwargs)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the model's forward takes what trainers add for its loss; transformers' Trainer asks this."""
+        model: Any = self.get_base_model()
+        own = getattr(model, "accepts_loss_kwargs", None)
+        if own is not None:
+            return bool(own)
+        parameters = inspect.signature(model.forward).parameters.values()
+        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
     @contextmanager
     def _routed(self, names: Iterable[str], rows: int | None, expand: int = 1) -> Iterator[None]:
