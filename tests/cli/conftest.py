@@ -28,7 +28,7 @@ def inlay(tmp_path):
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command(*words), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+            command(*words), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
         )
 
     return run
