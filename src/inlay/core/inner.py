@@ -11,10 +11,11 @@ from torch import Tensor
 from inlay.core.affine import Affine, Delta
 from inlay.core.dtype import product_dtype
 from inlay.kernels.table import apply_delta
-from inlay.parallel.tensors import in_blocks
+from inlay.parallel.tensors import decide, in_blocks
 
 if TYPE_CHECKING:
-    from inlay.core.layer import AdaptedLayer, Entry
+    from inlay.core.entry import Entry
+    from inlay.core.layer import AdaptedLayer
 
 __all__ = ["Inner"]
 
@@ -62,6 +63,10 @@ class Inner:
     def product_dtype(self, x: Tensor, adapter: torch.dtype) -> torch.dtype:
         """Return the dtype in which products of ``x`` with an adapter's tensors run."""
         return product_dtype(x, adapter, self.layer.state.policy.compute)
+
+    def decide(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Apply a function without gradient to tensors, each of them whole."""
+        return decide(function, *tensors)
 
     def in_blocks(self, x: Tensor, size: int, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply a function of blocks (..., n / size, size) to features (..., n); no block lies on two processes."""

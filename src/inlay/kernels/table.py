@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from inlay.core.affine import Affine, Columns, Delta, Hadamard, LowRank, Site
 from inlay.core.dtype import product_dtype
 from inlay.core.kind import Kind
-from inlay.parallel.tensors import summed
+from inlay.parallel.tensors import decide, summed
 
 __all__ = ["FAST", "apply_delta", "embed_scale", "fast_path", "look_up", "pad_input"]
 
@@ -96,12 +96,17 @@ def _embedding_product(module: Any, site: Site, x: Tensor, delta: Delta) -> Tens
 def _embedding_rows(module: Any, site: Site, x: Tensor, delta: Delta) -> Tensor:
     """Inputs that are none of the updated rows get zeros."""
     assert isinstance(delta, Columns)
-    index, order = delta.index.sort()
-    place = torch.searchsorted(index, x).clamp_max(index.numel() - 1)
-    rows = torch.nn.functional.embedding(order[place], delta.values)
+    chosen = decide(_nearest_of, delta.index, x)
+    rows = torch.nn.functional.embedding(chosen, delta.values)
     if module.padding_idx is not None:  # as in the layer itself, this row gets no gradient
         rows = torch.where((x == module.padding_idx).unsqueeze(-1), rows.detach(), rows)
-    return rows * (index[place] == x).unsqueeze(-1) * embed_scale(module)
+    return rows * decide(torch.isin, x, delta.index).unsqueeze(-1) * embed_scale(module)
+
+
+def _nearest_of(index: Tensor, x: Tensor) -> Tensor:
+    """Return where in ``index`` each element of ``x`` stands; anything for one that is not there."""
+    ordered, order = index.sort()
+    return order[torch.searchsorted(ordered, x).clamp_max(index.numel() - 1)]
 
 
 def look_up(module: Any, x: Tensor, table: Tensor) -> Tensor:

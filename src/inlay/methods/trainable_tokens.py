@@ -131,5 +131,5 @@ class TrainableTokens(Method):
             bias = (inner.base_affine() if inner.is_base else inner.affine()).bias
             rows = inner.run(x, Affine(p.rows, None if bias is None else bias[p.index]))
             return y.index_copy(-1, p.index, rows.to(y.dtype))
-        replaced = torch.isin(x, p.index).unsqueeze(-1)
+        replaced = inner.decide(torch.isin, x, p.index).unsqueeze(-1)
         return y.masked_fill(replaced, 0.0) + inner.apply(x, Columns(p.index, p.rows, site.fan_in)).to(y.dtype)

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["beside", "gather", "in_blocks", "is_distributed", "local_share", "replicate", "rewrap", "scatter", "summed"]
+__all__ = [
+    "beside",
+    "decide",
+    "gather",
+    "in_blocks",
+    "is_distributed",
+    "local_share",
+    "replicate",
+    "rewrap",
+    "scatter",
+    "summed",
+]
 
 
 def is_distributed(tensor: object) -> bool:
@@ -87,6 +98,18 @@ def rewrap(local: Tensor, like: Tensor) -> Tensor:
 def beside(tensor: Tensor, other: Tensor) -> Tensor:
     """Return a tensor that every process has in the form in which it can meet ``other`` in one operator."""
     return replicate(tensor, other.device_mesh) if is_distributed(other) else tensor  # type: ignore[attr-defined]
+
+
+def decide(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Apply a function to whole tensors, without gradient; the result can meet them in one operator.
+
+    For choices that torch cannot make on distributed tensors (searching, sorting).
+    """
+    held: Any = next(filter(is_distributed, tensors), None)
+    if held is None:
+        return function(*tensors)
+    with torch.no_grad():
+        return replicate(function(*map(gather, tensors)), held.device_mesh)
 
 
 def in_blocks(x: Tensor, size: int, function: Callable[[Tensor], Tensor]) -> Tensor:
