@@ -6,7 +6,7 @@ import warnings
 
 from torch import nn
 
-from inlay.core.inject import adapter_parameters
+from inlay.core.active import adapter_parameters
 from inlay.core.state import find_state
 from inlay.errors import InlayWarning
 

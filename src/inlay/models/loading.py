@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from inlay.config.files import HUB_KEYWORDS
-from inlay.core.inject import set_trainable
+from inlay.core.active import set_trainable
 from inlay.core.policy import Policy
 from inlay.core.registry import method_class
 from inlay.core.state import State

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from inlay.core.inject import delete, eject, inject, set_active, set_trainable
+from inlay.core.active import set_active, set_trainable
+from inlay.core.eject import delete, eject
+from inlay.core.inject import inject
 from inlay.core.layer import AdaptedLayer
 from inlay.core.merge import merge, unmerge
 from inlay.core.plan import Plan, plan

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.models.wrapper import Wrapper
+from inlay.models.backprop import let_gradients_in
 
 __all__ = ["cast_mixed_precision_params", "prepare_model_for_kbit_training", "shift_tokens_right"]
 
@@ -44,7 +44,7 @@ def prepare_model_for_kbit_training(
     if use_gradient_checkpointing and (loaded or method):
         arguments = gradient_checkpointing_kwargs or {}
         if arguments.get("use_reentrant", True):
-            _let_gradients_in(model)
+            let_gradients_in(model)
         accepted = inspect.signature(model.gradient_checkpointing_enable).parameters
         if "gradient_checkpointing_kwargs" in accepted:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
@@ -58,11 +58,6 @@ def prepare_model_for_kbit_training(
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
     return model
-
-
-def _let_gradients_in(model: Any) -> None:
-    """Reentrant checkpointing needs an input that requires a gradient."""
-    Wrapper.prepare_model_for_gradient_checkpointing(model, model)
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from inlay.core import storage
 from inlay.core.call import call_of
-from inlay.core.layer import AdaptedLayer, find_tensor
+from inlay.core.entry import find_tensor
+from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
 from inlay.core.state import find_state
 from inlay.errors import UnsupportedError

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from inlay.core.inject import set_trainable
+from inlay.core.active import set_trainable
 from inlay.core.layer import AdaptedLayer
 from inlay.core.policy import INLAY, Policy
 from inlay.core.registry import method_class, method_types

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from inlay.core.call import call_of, opened
 from inlay.core.policy import Policy
 from inlay.core.state import State
 from inlay.errors import StateError, UnsupportedError
+from inlay.models.backprop import is_checkpointing, let_gradients_in
 from inlay.models.calls import batch_size, checked_names, rows_per_prompt
 from inlay.models.tuner import AdapterModel
 
@@ -271,20 +272,8 @@ class Wrapper(nn.Module):
             model: the bare model.
             only_if_on: do nothing unless the model has gradient checkpointing switched on.
         """
-        # transformers 5 renamed the flag and warns about the old name
-        flag = (
-            "is_activation_checkpointing"
-            if hasattr(model, "is_activation_checkpointing")
-            else "is_gradient_checkpointing"
-        )
-        if only_if_on and not getattr(model, flag, False):
-            return model
-        enable = getattr(model, "enable_input_require_grads", None)
-        if enable is not None:
-            enable()
-        elif hasattr(model, "get_input_embeddings"):
-            embeddings: Any = model.get_input_embeddings
-            embeddings().register_forward_hook(_require_grad)
+        if not only_if_on or is_checkpointing(model):
+            let_gradients_in(model)
         return model
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -301,12 +290,3 @@ class Wrapper(nn.Module):
             return
         model.gradient_checkpointing_enable(*args, **kwargs)
         self.prepare_model_for_gradient_checkpointing(model)
-
-
-def _is_checkpointing(model: Any) -> bool:
-    on = getattr(model, "is_activation_checkpointing", None)  # the name since transformers 5
-    return bool(getattr(model, "is_gradient_checkpointing", False) if on is None else on)
-
-
-def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
-    output.requires_grad_(True)
