@@ -8,6 +8,7 @@ planning; those that are refused, and those that cannot be merged, must be exact
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,6 +29,8 @@ from inlay.methods.oft import OFTConfig
 from inlay.methods.trainable_tokens import TrainableTokensConfig
 from inlay.methods.vera import VeraConfig
 
+# `make test-all` sets it: every law over every cell, instead of a cover of pairs.
+ALL_CELLS = os.environ.get("INLAY_ALL_CELLS", "0") not in ("", "0")
 BATCH = 4
 Target = dict[str, Any]
 

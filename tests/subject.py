@@ -11,7 +11,9 @@ import torch
 from cells import Cell, Pair
 from torch import Tensor, nn
 
-from inlay.core.inject import eject, inject, set_active
+from inlay.core.active import set_active
+from inlay.core.eject import eject
+from inlay.core.inject import inject
 from inlay.core.layer import AdaptedLayer
 from inlay.core.merge import merge
 from inlay.core.plan import plan

@@ -47,7 +47,7 @@ def tokens(batch: int = 3, length: int = 7, seed: int = 1) -> Tensor:
 
 def perturb(model: torch.nn.Module, adapter: str, scale: float = 0.1, seed: int = 2) -> None:
     """Give an adapter random values, so that it changes the output."""
-    from inlay.core.inject import adapter_parameters
+    from inlay.core.active import adapter_parameters
     from inlay.core.state import find_state
 
     state = find_state(model)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from inlay.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
+from inlay.core.active import adapter_parameters, set_trainable
 from inlay.core.dtype import adapter_dtype
-from inlay.core.inject import adapter_parameters, set_trainable
 from inlay.errors import UnsupportedError
 from inlay.models import operate
 from inlay.models.entry import inject_adapter_in_model

@@ -11,7 +11,8 @@ from test_methods import T, ia3, loha, lora, norm, oft, tokens
 from torch import nn
 from twins import LAYERS, PREFIX, Twins, close, ours_of
 
-from inlay.core.inject import inject, set_active
+from inlay.core.active import set_active
+from inlay.core.inject import inject
 from inlay.core.merge import merge
 from inlay.core.plan import plan
 from inlay.errors import ConfigError, InlayWarning, TargetError, UnsupportedError

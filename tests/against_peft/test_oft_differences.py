@@ -11,7 +11,9 @@ from test_methods import T, oft
 from torch import nn
 from twins import LAYERS, PREFIX, Layer, Twins, close, ours_of
 
-from inlay.core.inject import eject, inject, set_active
+from inlay.core.active import set_active
+from inlay.core.eject import eject
+from inlay.core.inject import inject
 from inlay.core.merge import merge
 from inlay.core.plan import plan
 from inlay.errors import ConfigError, InlayWarning, UnsupportedError

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import inlay.core.registry as registry
-from inlay.core.inject import eject, inject
+from inlay.core.eject import eject
+from inlay.core.inject import inject
 from inlay.core.merge import merge
 from inlay.core.plan import plan
 from inlay.core.policy import INLAY, Policy

@@ -11,7 +11,7 @@ from models_to_save import CONFIGS, adapted, assert_same, everything, net, shake
 import inlay
 from inlay.checkpoint import adapter_tensors, load_all, read_manifest, save_adapters
 from inlay.checkpoint.manifest import Manifest
-from inlay.core.inject import set_active
+from inlay.core.active import set_active
 from inlay.core.state import find_state
 from inlay.errors import AdapterNameError, CheckpointError, CheckpointMismatchError, UnknownAdapterError
 

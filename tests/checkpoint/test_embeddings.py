@@ -12,7 +12,7 @@ from models_to_save import adapted, everything, net
 from torch import nn
 
 from inlay.checkpoint import get_peft_model_state_dict, load_all, save_adapters, set_peft_model_state_dict
-from inlay.core.inject import eject
+from inlay.core.eject import eject
 from inlay.core.policy import PEFT
 from inlay.core.registry import config_class
 from inlay.core.state import find_state

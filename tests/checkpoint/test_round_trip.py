@@ -23,7 +23,8 @@ from inlay.checkpoint import (
     save_adapters,
     set_peft_model_state_dict,
 )
-from inlay.core.inject import eject, inject
+from inlay.core.eject import eject
+from inlay.core.inject import inject
 from inlay.core.plan import plan
 from inlay.core.policy import PEFT
 from inlay.core.registry import BUILTIN_METHODS, config_class

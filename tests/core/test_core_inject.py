@@ -12,7 +12,8 @@ from core_models import Net, anatomy, net, tokens
 from torch import nn
 
 from inlay.core import inject as inject_module
-from inlay.core.inject import eject, inject
+from inlay.core.eject import eject
+from inlay.core.inject import inject
 from inlay.core.layer import AdaptedLayer
 from inlay.core.plan import Plan, plan
 from inlay.core.state import State, find_state

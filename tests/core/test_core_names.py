@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inlay.checkpoint import get_peft_model_state_dict, load_all, save_adapters
+from inlay.core.active import set_active
 from inlay.core.call import opened
-from inlay.core.inject import delete, eject, inject, set_active
+from inlay.core.eject import delete, eject
+from inlay.core.inject import inject
 from inlay.core.merge import merge, unmerge
 from inlay.core.plan import plan
 from inlay.core.state import BASE, State, check_adapter_name, find_state

@@ -110,3 +110,10 @@ def test_distributions_are_what_they_say() -> None:
     assert abs(float(reference.abs().max()) - float(tensor.abs().max())) < 1e-3 * bound
     Normal(0.25)(tensor, generator_for(0, "site", "slot"))
     assert abs(float(tensor.std()) - 0.25) < 4 * 0.25 / (2 * 40_000) ** 0.5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_not_on_the_device() -> None:
+    found = drawn(CONFIGS["lora"](target_modules=PATHS), model=net().cuda())
+    assert all(tensor.is_cuda for tensor in found.values())
+    assert_equal({key: tensor.cpu() for key, tensor in found.items()}, drawn(CONFIGS["lora"](target_modules=PATHS)))

@@ -14,8 +14,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from inlay.core.active import set_active, set_trainable
 from inlay.core.call import opened
-from inlay.core.inject import delete, eject, inject, set_active, set_trainable
+from inlay.core.eject import delete, eject
+from inlay.core.inject import inject
 from inlay.core.layer import AdaptedLayer
 from inlay.core.merge import merge, unmerge
 from inlay.core.plan import plan

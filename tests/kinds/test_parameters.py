@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inlay.core.active import set_active
 from inlay.core.call import opened
-from inlay.core.inject import delete, eject, inject, set_active
+from inlay.core.eject import delete, eject
+from inlay.core.inject import inject
 from inlay.core.merge import merge, unmerge
 from inlay.core.parameter import parameter_layers
 from inlay.core.plan import plan

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 import cells
 import pytest
-
-ALL_CELLS = os.environ.get("INLAY_ALL_CELLS", "0") not in ("", "0")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -17,7 +13,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     module = metafunc.module
     storages = getattr(module, "STORAGES", tuple(cells.STORAGES))
     start = int(module.__name__.split("_")[1].lstrip("l"))
-    if ALL_CELLS:
+    if cells.ALL_CELLS:
         chosen = list(cells.every_cell(storages))
     elif getattr(module, "SLOW", False):
         chosen = cells.family_cover(storages, start)

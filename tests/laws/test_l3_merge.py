@@ -10,8 +10,8 @@ from subject import Subject, assert_bitwise, assert_close, tensors_of, written
 from torch import nn
 
 from inlay.core import storage
+from inlay.core.active import set_active
 from inlay.core.call import opened
-from inlay.core.inject import set_active
 from inlay.core.layer import AdaptedLayer
 from inlay.core.merge import merge, unmerge
 from inlay.errors import MergeError

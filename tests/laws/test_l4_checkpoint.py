@@ -15,7 +15,8 @@ from inlay.checkpoint import (
     save_adapters,
     set_peft_model_state_dict,
 )
-from inlay.core.inject import inject, set_active
+from inlay.core.active import set_active
+from inlay.core.inject import inject
 from inlay.core.plan import plan
 from inlay.core.state import find_state
 

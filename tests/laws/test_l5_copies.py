@@ -11,7 +11,8 @@ import torch
 from cells import Cell, Pair
 from subject import Subject, assert_bitwise, outcome, tensors_of
 
-from inlay.core.inject import adapter_parameters, eject, set_active
+from inlay.core.active import adapter_parameters, set_active
+from inlay.core.eject import eject
 from inlay.core.layer import AdaptedLayer
 from inlay.core.merge import merge, unmerge
 from inlay.core.state import find_state

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import cells
+import pytest
 import torch
-from cells import Cell
+from cells import ALL_CELLS, Cell
 from subject import Subject, assert_same_outcome, outcome
+
+from inlay.core.affine import Delta, LowRank
+from inlay.kernels.table import FAST
 
 SLOW = True
 STORAGES = ("plain_fp32",)
@@ -23,3 +28,34 @@ def test_compiled_equals_eager(cell: Cell) -> None:
         outputs.append(eager.y)
     assert not torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
+
+
+def fast_cell(kind: str, operator: type[Delta]) -> Cell:
+    """The first cell whose method gives this operator on this kind of layer."""
+    for method in cells.METHODS:
+        for case in cells.KINDS:
+            if not cells.works(method, case) or not cells.additive(method):
+                continue
+            cell = Cell(method, case, "plain_fp32")
+            subject = Subject(cell)
+            layer = next(subject.state.layers())
+            entry = layer.entries["one"][0]
+            if layer.kind.name == kind and type(entry.method.delta(entry.site, layer.params(entry))) is operator:
+                return cell
+    raise AssertionError(f"no cell takes the fast path of {operator.__name__} on {kind}")
+
+
+@pytest.mark.parametrize("operator", sorted({operator.__name__ for _, operator in FAST}))
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in FAST}))
+def test_every_fast_path_under_the_inductor(kind: str, operator: str) -> None:
+    """The inductor takes long, so ``make test`` asks it for the commonest path only."""
+    path = next((path for path in FAST if path[0] == kind and path[1].__name__ == operator), None)
+    if path is None:
+        pytest.skip("no fast path of this kind and operator")
+    if not ALL_CELLS and path != ("linear", LowRank):
+        pytest.skip("only where INLAY_ALL_CELLS is set")
+    cell = fast_cell(*path)
+    torch._dynamo.reset()
+    subject = Subject(cell)
+    compiled = torch.compile(subject.model, fullgraph=True, dynamic=False)
+    assert_same_outcome(outcome(subject.model, subject.x, compiled), outcome(subject.model, subject.x), cell.dtype)

@@ -6,7 +6,9 @@ import torch
 from cells import Cell
 from subject import assert_bitwise, loss, perturb, tensors_of
 
-from inlay.core.inject import eject, inject, set_active
+from inlay.core.active import set_active
+from inlay.core.eject import eject
+from inlay.core.inject import inject
 from inlay.core.plan import plan
 from inlay.core.state import find_state
 

@@ -26,8 +26,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from inlay.checkpoint.state_dict import set_peft_model_state_dict
+from inlay.core.active import set_active
 from inlay.core.call import opened
-from inlay.core.inject import eject, inject, set_active
+from inlay.core.eject import eject
+from inlay.core.inject import inject
 from inlay.core.layer import AdaptedLayer
 from inlay.core.merge import merge, unmerge
 from inlay.core.plan import plan

@@ -21,7 +21,7 @@ from sharded_tp import spread
 from torch.distributed.device_mesh import init_device_mesh
 
 from inlay.checkpoint.state_dict import set_peft_model_state_dict
-from inlay.core.inject import eject
+from inlay.core.eject import eject
 
 
 def equals(method: str) -> None:

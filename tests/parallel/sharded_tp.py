@@ -31,7 +31,8 @@ from inlay.checkpoint.load import load_all
 from inlay.checkpoint.save import save_adapters
 from inlay.checkpoint.state_dict import set_peft_model_state_dict
 from inlay.core.call import opened
-from inlay.core.inject import eject, inject
+from inlay.core.eject import eject
+from inlay.core.inject import inject
 from inlay.core.plan import plan
 from inlay.errors import UnsupportedError
 from inlay.methods.lora import LoraConfig
@@ -146,7 +147,7 @@ def by_sample() -> None:
 
 def several() -> None:
     """Two adapters of different methods at once, and none at all."""
-    from inlay.core.inject import set_active
+    from inlay.core.active import set_active
 
     whole, model, whole_state, state = two_adapters()
     for owner in (whole_state, state):

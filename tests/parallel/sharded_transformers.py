@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from inlay.checkpoint.state_dict import set_peft_model_state_dict
 from inlay.core.call import opened
-from inlay.core.inject import eject, inject
+from inlay.core.eject import eject
+from inlay.core.inject import inject
 from inlay.core.merge import merge, unmerge
 from inlay.core.plan import plan
 from inlay.errors import UnsupportedError
 from inlay.methods.ia3 import IA3Config
+from inlay.methods.ln_tuning import LNTuningConfig
 from inlay.methods.lora import LoraConfig
 from inlay.methods.oft import OFTConfig
 from inlay.methods.vera import VeraConfig
@@ -42,6 +44,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "ia3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "oft": lambda: OFTConfig(r=0, oft_block_size=8, **LINEAR),
     "vera": lambda: VeraConfig(r=4, init_weights=False, target_modules=["q_proj", "o_proj"]),
+    "tokens": lambda: LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 31]),
+    "ln_tuning": lambda: LNTuningConfig(target_modules=["input_layernorm", "norm"]),
     "copy": lambda: LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj", "lm_head"]),
 }
 TOKENS = (torch.arange(18) * 7 % 40).view(3, 6)
@@ -70,9 +74,9 @@ def outcome(model: Any) -> Tensor:
     return result.logits.detach()
 
 
-def equals(method: str) -> None:
+def equals(method: str, settings: Any = None) -> None:
     """Forward with and without gradients, gradients, saving, loading, merging, ejecting."""
-    whole, model = pair()
+    whole, model = pair(settings)
     layer = model.model.layers[0].self_attn.q_proj
     assert isinstance(layer.weight, DTensor)
     untouched = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
@@ -109,13 +113,12 @@ def hidden_reduction() -> None:
     norm = model.model.layers[0].self_attn.q_norm
     assert isinstance(norm, nn.Module)
     assert "forward" in norm.__dict__
-    from inlay.methods.ln_tuning import LNTuningConfig
-
     with pytest.raises(UnsupportedError, match="ReplicatedWithGradAllReduce"):
         plan(model, LNTuningConfig(target_modules=["q_norm"]), "one")
 
 
 CASES: dict[str, Callable[[], None]] = {
     **{method: partial(equals, method) for method in METHODS},
+    "tied_tokens": partial(equals, "tokens", LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "hidden_reduction": hidden_reduction,
 }

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from inlay.checkpoint.target import KeyIndex, Target
 from inlay.checkpoint.tree import MODEL_PREFIX, ROOT_PREFIX, Node, Tree, persistent_tensors
-from inlay.core.layer import AdaptedLayer, Entry
+from inlay.core.entry import Entry
+from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
 from inlay.core.slot import Slot
 

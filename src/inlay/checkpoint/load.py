@@ -12,7 +12,9 @@ from inlay.checkpoint.files import load_adapter_files
 from inlay.checkpoint.manifest import Manifest, read_manifest, restore
 from inlay.checkpoint.state_dict import load_tensors
 from inlay.checkpoint.tree import Tree, bare_model
-from inlay.core.inject import delete, eject, inject, set_trainable
+from inlay.core.active import set_trainable
+from inlay.core.eject import delete, eject
+from inlay.core.inject import inject
 from inlay.core.plan import plan
 from inlay.core.policy import Policy
 from inlay.core.state import State, find_state

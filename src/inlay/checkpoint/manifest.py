@@ -11,7 +11,7 @@ from typing import Any
 
 from inlay.checkpoint.tree import Tree
 from inlay.config import CONFIG_NAME, read_json_object, resolve_file
-from inlay.core.inject import set_active
+from inlay.core.active import set_active
 from inlay.core.layer import AdaptedLayer
 from inlay.core.state import check_adapter_name
 from inlay.errors import CheckpointError, CheckpointMismatchError, CheckpointMissingError, did_you_mean

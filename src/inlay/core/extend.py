@@ -12,13 +12,13 @@ from inlay.core.parameter import plan_parameters
 from inlay.core.patterns import matcher
 from inlay.core.registry import method_class
 from inlay.core.targets import Place
-from inlay.core.tied import Group, owners, tied_groups, tied_placement
+from inlay.core.tied import Group, owners, tied_groups, tied_placement, warn_untied
 from inlay.errors import ConfigError, ConfigTypeError, InlayWarning, TargetError, did_you_mean
 
 if TYPE_CHECKING:
     from inlay.core.plan import Placement, Plan
 
-__all__ = ["extend_plan", "readable", "tie_copies", "without_companions"]
+__all__ = ["extend_plan", "readable", "without_companions"]
 
 # where the model does not say which layer embeds its input
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared")
@@ -96,7 +96,7 @@ def _tie_targets(made: Plan, groups: list[Group]) -> None:
             continue
         tied = True
         if not (asked or always):
-            _warn_untied(made, group, "so this adapter cannot be merged")
+            warn_untied(made, group, "so this adapter cannot be merged")
             continue
         first = next(iter(chosen.values()))
         source = chosen.get(id(group.source.base))
@@ -109,64 +109,17 @@ def _tie_targets(made: Plan, groups: list[Group]) -> None:
         return
     if not groups:
         warnings.warn("ensure_weight_tying: no layer shares the weight of an embedding", InlayWarning, stacklevel=5)
-    elif not tied and not getattr(made.config, "trainable_token_indices", None) and not _copied(made, groups):
+    elif not (tied or made.copies or getattr(made.config, "trainable_token_indices", None)):
         warnings.warn(
-            f"ensure_weight_tying: none of the layers that share a weight ({_names(groups[0])}) is adapted",
+            f"ensure_weight_tying: none of the layers that share a weight ({groups[0]}) is adapted",
             InlayWarning,
             stacklevel=5,
         )
 
 
-def _copied(made: Plan, groups: list[Group]) -> bool:
-    wanted = getattr(made.config, "modules_to_save", None)
-    match = matcher(wanted or [])
-    return any(match(place.path) is not None for group in groups for place in (group.source, *group.members))
-
-
 def _followers(made: Plan, source: Placement, group: Group) -> list[Placement]:
     found = (tied_placement(made, source, place) for place in group.members)
     return [placement for placement in found if placement is not None]
-
-
-def _warn_untied(made: Plan, group: Group, consequence: str) -> None:
-    way = (
-        "set ensure_weight_tying=True to adapt them together"
-        if hasattr(made.config, "ensure_weight_tying")
-        else f"{type(made.method).__name__} cannot adapt them together"
-    )
-    warnings.warn(
-        f"{_names(group)} share one weight and are not adapted together, {consequence}; {way}",
-        InlayWarning,
-        stacklevel=6,
-    )
-
-
-def _names(group: Group) -> str:
-    return ", ".join(repr(place.path) for place in (group.source, *group.members))
-
-
-def tie_copies(made: Plan, everything: list[Place]) -> None:
-    """Let the full copies of tied layers share their weight too, where ``ensure_weight_tying`` asks for it."""
-    chosen = {id(place.module): pattern for place, pattern in made.copies}
-    for group in tied_groups(everything):
-        together = [place for place in (group.source, *group.members) if id(place.module) in chosen]
-        if not together:
-            continue
-        if not getattr(made.config, "ensure_weight_tying", False):
-            _warn_untied(made, group, "so the model is no longer tied after a merge")
-            continue
-        pattern = chosen[id(together[0].module)]
-        adapted = {id(p.place.module) for p in made.placements}
-        for place in (group.source, *group.members):
-            if id(place.module) in adapted:
-                raise TargetError(
-                    f"ensure_weight_tying: {place.path!r} shares its weight with {together[0].path!r}, which is "
-                    "trained in full, so it cannot be adapted"
-                )
-            if id(place.module) not in chosen:
-                made.copies.append((place, pattern))
-            if place is not group.source:
-                made.ties.append((group.source, place))
 
 
 # -- token rows -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,138 +12,19 @@ from inlay.core import storage
 from inlay.core.affine import Affine, Site
 from inlay.core.call import Call, calls_in_force
 from inlay.core.dtype import merge_dtype
+from inlay.core.entry import Entry, OptionView, find_tensor
 from inlay.core.inner import Inner
 from inlay.core.kind import Kind
-from inlay.core.method import Method, P
-from inlay.core.slot import Slot
+from inlay.core.method import P
 from inlay.core.state import BASE, State
+from inlay.core.surface import LayerSurface
 from inlay.errors import RoutingError, StateError, UnsupportedError
 from inlay.parallel.tensors import gather, is_distributed, replicate, scatter
 
-__all__ = ["AdaptedLayer", "AdapterTensors", "Entry", "OptionView", "find_tensor"]
+__all__ = ["AdaptedLayer"]
 
 
-class AdapterTensors(nn.Module):
-    """Parameters and buffers by adapter name; reads like a dict.
-
-    Any adapter name can be a key, also one that names an attribute of ``nn.Module``.
-    """
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor | None = self._parameters.get(name)
-        if tensor is None:
-            tensor = self._buffers.get(name)
-        if tensor is None:
-            raise KeyError(name)
-        return tensor
-
-    def __setitem__(self, name: str, tensor: Tensor) -> None:
-        if isinstance(tensor, nn.Parameter):
-            self._parameters[name] = tensor
-        else:
-            self._buffers[name] = tensor
-
-    def __delitem__(self, name: str) -> None:
-        if self._parameters.pop(name, None) is None and self._buffers.pop(name, None) is None:
-            raise KeyError(name)
-        self._non_persistent_buffers_set.discard(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._parameters or name in self._buffers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self._parameters, *self._buffers])
-
-    def __len__(self) -> int:
-        return len(self._parameters) + len(self._buffers)
-
-    def keys(self) -> list[str]:
-        return list(self)
-
-    def values(self) -> list[Tensor]:
-        return [self[name] for name in self]
-
-    def items(self) -> list[tuple[str, Tensor]]:
-        return [(name, self[name]) for name in self]
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in self.items())
-
-
-class Entry:
-    """One adapter's method at one layer.
-
-    Attributes:
-        name: the adapter.
-        method, site: as planned.
-        options: the site's numbers; changed through the layer's views.
-        places: (role, containers below the layer, attribute below the adapter's name) of each slot.
-        shared: the same for the tensors that all layers share, below ``state.shared``.
-        home: the module that holds the containers: the layer itself, or another one for tied tensors.
-        mesh: the device mesh that the base weight is spread over by tensor parallelism, if it is.
-        skip_probability: chance of leaving the adapter out of one training forward (``module_dropout``).
-    """
-
-    __slots__ = ("home", "mesh", "method", "name", "options", "places", "shared", "site", "skip_probability")
-
-    def __init__(self, name: str, method: Method, site: Site, slots: dict[str, Slot]) -> None:
-        self.name = name
-        self.method = method
-        self.site = site
-        self.options: dict[str, Any] = method.options(site)
-        self.places = tuple((role, *slot.place) for role, slot in slots.items())
-        self.shared: tuple[tuple[str, tuple[str, ...], str], ...] = ()
-        self.home: nn.Module | None = None
-        self.mesh: Any = None
-        self.skip_probability = method.skip_probability
-
-
-def find_tensor(home: nn.Module, adapter: str, containers: tuple[str, ...], leaf: str) -> Tensor:
-    """Return the tensor that a slot's place means below ``home``."""
-    holder: Any = home
-    for part in containers:
-        holder = holder._modules[part]
-    return getattr(holder._modules[adapter], leaf) if leaf else holder[adapter]
-
-
-class OptionView(MutableMapping[str, Any]):
-    """One number of a layer by adapter name (``layer.scaling["default"]``); writing it changes the layer."""
-
-    def __init__(self, layer: AdaptedLayer, option: str) -> None:
-        self._layer = layer
-        self._option = option
-
-    def _entry(self, name: str) -> Entry:
-        for entry in self._layer.entries.get(name, ()):
-            if self._option in entry.options:
-                return entry
-        raise KeyError(name)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._entry(name).options[self._option]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._entry(name).options[self._option] = value
-        self._layer.state.touch()
-
-    def __delitem__(self, name: str) -> None:
-        raise StateError(f"{self._option!r} of an adapter cannot be removed; delete the adapter instead")
-
-    def __iter__(self) -> Iterator[str]:
-        return (
-            name
-            for name, entries in self._layer.entries.items()
-            if any(self._option in entry.options for entry in entries)
-        )
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(LayerSurface):
     """A layer with adapters: the untouched layer as ``base_layer``, and a chain of methods over it.
 
     Attributes that it does not have are the base layer's, so ``weight``, ``bias`` or ``in_features`` can be read.
@@ -398,37 +279,6 @@ class AdaptedLayer(nn.Module):
     def _run_named(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the layer with one adapter over it, or bare where it lacks that adapter."""
         return self._run(self.entries.get(name, ()), args, kwargs)
-
-    # -- peft's surface of a layer ------------------------------------------------------------------------------------
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        """Names of the adapters merged into the base layer, in the order of merging."""
-        return list(self._merged)
-
-    @property
-    def merged(self) -> bool:
-        return bool(self._merged)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self.active)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        active = self.active
-        return active[0] if len(active) == 1 else list(active)
-
-    @property
-    def disable_adapters(self) -> bool:
-        return not self.enabled
-
-    def get_base_layer(self) -> nn.Module:
-        """Return the untouched layer."""
-        base = self.base_layer
-        while isinstance(base, AdaptedLayer):
-            base = base.base_layer
-        return base
 
     def extra_repr(self) -> str:
         return f"kind={self.kind.name}, adapters={list(self.entries)}"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from inlay.core.affine import LowRank
-from inlay.core.layer import AdaptedLayer, Entry
+from inlay.core.entry import Entry
+from inlay.core.layer import AdaptedLayer
 from inlay.core.state import State
 from inlay.errors import MergeError, StateError
 from inlay.parallel.fsdp import settle

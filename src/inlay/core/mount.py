@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from inlay.core.call import calls_in_force
 from inlay.core.route import split_rows
 from inlay.core.state import BASE, State
+from inlay.errors import RoutingError, UnsupportedError
 from inlay.parallel.hooks import copied
 
 __all__ = ["ModuleCopies"]
@@ -18,7 +20,7 @@ class ModuleCopies(nn.Module):
     """Stands where a module stood; the active adapter's copy runs in its place.
 
     Memory names are PEFT's: ``original_module`` and ``modules_to_save.<adapter>``. A checkpoint holds the copy under
-    the module's own path. If several active adapters have a copy, the last one in activation order runs.
+    the module's own path. Only one adapter that has a copy can be active.
     """
 
     original_module: nn.Module
@@ -47,7 +49,29 @@ class ModuleCopies(nn.Module):
         except AttributeError:
             if name.startswith("_") or "_modules" not in self.__dict__:
                 raise
-            return getattr(self.current(), name)
+            return self._attribute(name)
+
+    def _attribute(self, name: str) -> Any:
+        """Return an attribute of the module that runs; code may read a weight and never call the module."""
+        for call in reversed(calls_in_force()):
+            if call.state is self.state:
+                if call.disabled:
+                    return getattr(self.original_module, name)
+                if call.names is not None and self.enabled:
+                    served = {id(held): held for held in map(self.copy_of, call.names)}
+                    values = [getattr(held, name) for held in served.values()]
+                    if len(values) > 1 and any(isinstance(value, Tensor) for value in values):
+                        raise RoutingError(
+                            f"{name!r} of {self.path!r} was read while samples of one batch use different copies of "
+                            "that module; only a call of the module can tell them apart"
+                        )
+                    return values[0]
+                break
+        return getattr(self.current(), name)
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        return bool(self.current()._qkv_same_embed_dim)  # nn.TransformerEncoderLayer asks its attention for it
 
     @property
     def state(self) -> State:
@@ -66,9 +90,23 @@ class ModuleCopies(nn.Module):
     def override(self, active: tuple[str, ...] | None = None, enabled: bool | None = None) -> None:
         """Give this module an active adapter (or an on/off switch) of its own; None leaves the old answer."""
         if active is not None:
+            self.check_active(active)
             self.__dict__["_own_active"] = active
         if enabled is not None:
             self.__dict__["_own_enabled"] = enabled
+
+    def check_active(self, names: Iterable[str]) -> None:
+        """Refuse two adapters that both want their copy to run.
+
+        Raises:
+            UnsupportedError: names them.
+        """
+        wanted = [name for name in names if name in self.modules_to_save._modules]
+        if len(wanted) > 1:
+            raise UnsupportedError(
+                f"{self.path!r}: {', '.join(map(repr, wanted))} cannot be active together, because each of them has a "
+                "full copy of it (modules_to_save), and only one can run"
+            )
 
     def follow(self) -> None:
         """Follow the model's state again."""

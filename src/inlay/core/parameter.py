@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from inlay.core.clone import call_with
-from inlay.core.layer import AdaptedLayer, Entry
+from inlay.core.entry import Entry
+from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
 from inlay.core.patterns import layer_index, matcher
 from inlay.core.targets import Place

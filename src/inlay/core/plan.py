@@ -13,8 +13,9 @@ from torch import nn
 
 from inlay.core import storage
 from inlay.core.affine import Site
+from inlay.core.copies import check_copies, covering, plan_copies, tie_copies
 from inlay.core.dtype import adapter_dtype
-from inlay.core.extend import extend_plan, readable, tie_copies, without_companions
+from inlay.core.extend import extend_plan, readable, without_companions
 from inlay.core.join import check_joinable
 from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
@@ -26,19 +27,12 @@ from inlay.core.registry import method_class
 from inlay.core.replicate import Replication, installed, replication_of
 from inlay.core.slot import Slot
 from inlay.core.state import State, check_adapter_name, find_states
-from inlay.core.targets import ALL_LINEAR, Place, linear_paths, places, shortened
+from inlay.core.targets import ALL_LINEAR, Place, base_parameters, linear_paths, places, shortened
 from inlay.errors import InlayWarning, NoTargetError, TargetError, UnsupportedError, did_you_mean, nearest
 from inlay.parallel.fsdp import refuse_managed
 from inlay.parallel.placement import Layout, layout_of
 
-__all__ = ["Placement", "Plan", "plan"]
-
-# task_type -> what the new layer on top may be called; it trains in full
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
+__all__ = ["Placement", "Plan", "place_method", "plan", "unmatched"]
 
 
 @dataclass
@@ -96,7 +90,7 @@ class Plan:
         shared: tensors that all sites share, by role.
         matched: pattern -> paths.
         unmatched: patterns that matched nothing, with the nearest names.
-        biases: base biases that will train.
+        biases: base biases that will train, by the names they have without adapters.
         resolved: config fields whose resolved values are written back.
         replication: the longer list of blocks that the placements lie in, if there is one.
     """
@@ -121,7 +115,7 @@ class Plan:
     @property
     def trainable(self) -> int:
         """Parameters that will train."""
-        named = dict(self.model.named_parameters())
+        named = base_parameters(self.model)
         return (
             sum(placement.numel for placement in self.placements)
             + sum(slot.numel for slot in self.shared.values() if slot.trainable)
@@ -207,13 +201,14 @@ def plan(
 def _resolve(made: Plan) -> None:
     """Find every place that the plan's config means."""
     everything = places(made.model)
+    plan_copies(made, everything)
     chosen = _choose(made, everything)
     for place, pattern in without_companions(chosen):
         made.matched.setdefault(pattern, []).append(place.path)
         made.placements.append(place_method(made, place, pattern, made.method))
     extend_plan(made, everything)
-    _plan_copies(made, everything)
     tie_copies(made, everything)
+    check_copies(made)
     if not made.placements and not made.copies:
         raise NoTargetError(_nothing_matched(made, everything))
     refuse_managed((p.place.path, p.place.base) for p in made.placements)
@@ -295,6 +290,7 @@ def _choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
         paths = linear_paths(made.model, everything, config.task_type)
         if made.policy.strict_targets:
             paths = readable(paths, everything)
+        paths = {path for path in paths if covering(made, path) is None}
         made.resolved["target_modules"] = set(shortened(paths, (place.path for place in everything)))
 
         def match(path: str) -> str | None:
@@ -307,6 +303,7 @@ def _choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
     chosen: list[tuple[Place, str]] = []
     hit: set[str] = set()
     excluded: set[str] = set()
+    inside: dict[str, str] = {}
     for place in everything:
         pattern = next((p for p in map(match, (place.path, *place.aliases)) if p is not None), None)
         if exclude is not None:
@@ -324,14 +321,25 @@ def _choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
             raise TargetError(
                 f"{place.path!r} is trained in full by modules_to_save of another adapter; {pattern!r} cannot adapt it"
             )
+        copied = covering(made, place.path)
+        if copied is not None:  # trained in full
+            inside.setdefault(pattern, copied)
+            continue
         hit.add(pattern)
         chosen.append((place, pattern))
+    for pattern in inside.keys() - hit:
+        if made.policy.strict_targets:
+            raise TargetError(
+                f"target_modules: {pattern!r} matches nothing outside of {inside[pattern]!r}, which modules_to_save "
+                "trains in full; leave one of them out"
+            )
+        hit.add(pattern)
     if not isinstance(targets, str):
         taken = [path for place, _ in chosen for path in (place.path, *place.aliases)]
-        _unmatched(made, "target_modules", set(targets) - hit, everything, taken)
+        unmatched(made, "target_modules", set(targets) - hit, everything, taken)
     if exclude is not None:
         asked = {config.exclude_modules} if isinstance(config.exclude_modules, str) else set(config.exclude_modules)
-        _unmatched(made, "exclude_modules", asked - excluded, everything)
+        unmatched(made, "exclude_modules", asked - excluded, everything)
     return chosen
 
 
@@ -341,7 +349,7 @@ def _model_type(model: nn.Module) -> str | None:
     return config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
 
 
-def _unmatched(
+def unmatched(
     made: Plan, what: str, patterns: Iterable[str], everything: list[Place], taken: Iterable[str] = ()
 ) -> None:
     """Record patterns that matched nothing, also none of the ``taken`` paths, which a longer pattern chose."""
@@ -365,36 +373,6 @@ def _nothing_matched(made: Plan, everything: list[Place]) -> str:
     )
 
 
-def _plan_copies(made: Plan, everything: list[Place]) -> None:
-    """Find the modules that modules_to_save means."""
-    wanted = list(getattr(made.config, "modules_to_save", None) or [])
-    task = getattr(made.config, "task_type", None)
-    heads = _HEADS.get(str(getattr(task, "value", task)), ())
-    if heads:
-        present = {place.path.rpartition(".")[2] for place in everything}
-        # A saved config names them all, whichever of them the model has.
-        optional = {name for name in heads if name not in present}
-        wanted += [name for name in heads if name not in wanted]
-        made.resolved["modules_to_save"] = list(wanted)
-    else:
-        optional = set()
-    if not wanted:
-        return
-    match = matcher(wanted)
-    adapted = {id(placement.place.module) for placement in made.placements}
-    hit: set[str] = set()
-    for place in everything:
-        pattern = match(place.path)
-        if pattern is None or any(place.path.startswith(f"{done.path}.") for done, _ in made.copies):
-            continue
-        if id(place.module) in adapted or isinstance(place.module, AdaptedLayer):
-            raise TargetError(f"modules_to_save: {place.path!r} is adapted, so it cannot also be trained in full")
-        hit.add(pattern)
-        made.copies.append((place, pattern))
-        made.matched.setdefault(pattern, []).append(place.path)
-    _unmatched(made, "modules_to_save", set(wanted) - hit - optional, everything, [p.path for p, _ in made.copies])
-
-
 def _plan_biases(made: Plan) -> None:
     """Find the base biases that ``bias`` makes trainable."""
     mode = made.method.bias_mode()
@@ -405,14 +383,14 @@ def _plan_biases(made: Plan) -> None:
             f"bias={mode!r}: another adapter of this model already trains the base biases, and they are shared"
         )
     if mode == "all":
-        made.biases = [name for name, _ in made.model.named_parameters() if name.rpartition(".")[2] == "bias"]
+        made.biases = [name for name in base_parameters(made.model) if name.rpartition(".")[2] == "bias"]
     elif mode.endswith("_only"):
         owned = {
             id(p.place.base._parameters[p.kind.bias_name])
             for p in made.placements
             if p.site.bias and p.kind.bias_name == "bias"  # PEFT trains biases of that name only
         }
-        made.biases = [name for name, p in made.model.named_parameters() if id(p) in owned]
+        made.biases = [name for name, p in base_parameters(made.model).items() if id(p) in owned]
     else:
         raise UnsupportedError(f"bias={mode!r} is not one of 'none', 'all' and '{made.method.prefix}only'")
 

@@ -13,7 +13,7 @@ from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
 from inlay.core.shared import shared_names
 
-__all__ = ["ALL_LINEAR", "Place", "linear_paths", "places", "shortened"]
+__all__ = ["ALL_LINEAR", "Place", "base_parameters", "linear_paths", "places", "shortened"]
 
 ALL_LINEAR = "all-linear"
 
@@ -70,6 +70,27 @@ def _children(parent: nn.Module, path: str) -> list[tuple[str, nn.Module, str, n
         for name, child in parent._modules.items()
         if child is not None and name not in passed
     ]
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the model's own parameters by the name that each has without adapters."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    todo: list[tuple[str, nn.Module]] = [("", model)]
+    while todo:
+        path, module = todo.pop()
+        if isinstance(module, AdaptedLayer):
+            todo.append((path, module.get_base_layer()))
+            continue
+        if isinstance(module, ModuleCopies):
+            todo.append((path, module.original_module))
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{path}.{name}" if path else name] = parameter
+        todo.extend((below, child) for below, _, _, child in reversed(_children(module, path)))
+    return found
 
 
 def linear_paths(model: nn.Module, everything: list[Place], task_type: Any) -> set[str]:

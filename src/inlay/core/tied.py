@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,12 @@ from inlay.core.kind import kind_of
 from inlay.core.method import Method, P
 from inlay.core.slot import Slot
 from inlay.core.targets import Place
+from inlay.errors import InlayWarning
 
 if TYPE_CHECKING:
     from inlay.core.plan import Placement, Plan
 
-__all__ = ["Group", "Tied", "owners", "tied_groups", "tied_placement"]
+__all__ = ["Group", "Tied", "owners", "tied_groups", "tied_placement", "warn_untied"]
 
 
 @dataclass
@@ -32,8 +34,15 @@ class Group:
     members: list[Place]
 
     @property
+    def places(self) -> list[Place]:
+        return [self.source, *self.members]
+
+    def __str__(self) -> str:
+        return ", ".join(repr(place.path) for place in self.places)
+
+    @property
     def ids(self) -> set[int]:
-        return {id(place.base) for place in (self.source, *self.members)}
+        return {id(place.base) for place in self.places}
 
 
 def owners(everything: list[Place]) -> dict[int, list[Place]]:
@@ -68,6 +77,17 @@ def tied_placement(made: Plan, source: Placement, place: Place) -> Placement | N
     }:
         method = Tied(method, source.site)
     return replace(source, place=place, site=site, kind=kind, method=method, source=source)
+
+
+def warn_untied(made: Plan, group: Group, consequence: str) -> None:
+    """Warn that a part of a group is adapted by itself."""
+    way = (
+        "set ensure_weight_tying=True to adapt them together"
+        if hasattr(made.config, "ensure_weight_tying")
+        else f"{type(made.method).__name__} cannot adapt them together"
+    )
+    message = f"{group} share one weight and are not adapted together, {consequence}; {way}"
+    warnings.warn(message, InlayWarning, stacklevel=6)
 
 
 class Tied(Method):

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from inlay.core.affine import Affine, Site
 from inlay.core.clone import call_with, shallow_clone
+from inlay.core.entry import Entry
 from inlay.core.kind import Holder, Kind
-from inlay.core.layer import AdaptedLayer, Entry
+from inlay.core.layer import AdaptedLayer
 from inlay.core.parameter import rewritten
 from inlay.core.route import split_rows
 from inlay.core.slot import Slot

@@ -54,6 +54,9 @@ class Linear(Kind):
     def from_matrix(self, site: Site, weight: Tensor) -> Tensor:
         return weight.t() if site.transposed else weight
 
+    def stored_dims(self, site: Site) -> tuple[str, ...]:
+        return ("in", "out") if site.transposed else ("out", "in")
+
     def run(
         self,
         module: Any,

@@ -1,0 +1,147 @@
+"""What one adapter has at one layer, and the containers that its tensors hang in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from inlay.core.affine import Site
+from inlay.core.method import Method
+from inlay.core.slot import Slot
+from inlay.errors import StateError
+
+if TYPE_CHECKING:
+    from inlay.core.layer import AdaptedLayer
+
+__all__ = ["AdapterTensors", "Entry", "OptionView", "find_tensor"]
+
+
+class AdapterTensors(nn.Module):
+    """Parameters and buffers by adapter name; reads like a dict.
+
+    Any adapter name can be a key, also one that names an attribute of ``nn.Module``.
+    """
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor | None = self._parameters.get(name)
+        if tensor is None:
+            tensor = self._buffers.get(name)
+        if tensor is None:
+            raise KeyError(name)
+        return tensor
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if isinstance(tensor, nn.Parameter):
+            self._parameters[name] = tensor
+        else:
+            self._buffers[name] = tensor
+
+    def __delitem__(self, name: str) -> None:
+        if self._parameters.pop(name, None) is None and self._buffers.pop(name, None) is None:
+            raise KeyError(name)
+        self._non_persistent_buffers_set.discard(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parameters or name in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._parameters, *self._buffers])
+
+    def __len__(self) -> int:
+        return len(self._parameters) + len(self._buffers)
+
+    def keys(self) -> list[str]:
+        return list(self)
+
+    def values(self) -> list[Tensor]:
+        return [self[name] for name in self]
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        return [(name, self[name]) for name in self]
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in self.items())
+
+
+class Entry:
+    """One adapter's method at one layer.
+
+    Attributes:
+        name: the adapter.
+        method, site: as planned.
+        options: the site's numbers; changed through the layer's views.
+        places: (role, containers below the layer, attribute below the adapter's name) of each slot.
+        shared: the same for the tensors that all layers share, below ``state.shared``.
+        home: the module that holds the containers: the layer itself, or another one for tied tensors.
+        mesh: the device mesh that the base weight is spread over by tensor parallelism, if it is.
+        skip_probability: chance of leaving the adapter out of one training forward (``module_dropout``).
+    """
+
+    __slots__ = ("home", "mesh", "method", "name", "options", "places", "shared", "site", "skip_probability")
+
+    def __init__(self, name: str, method: Method, site: Site, slots: dict[str, Slot]) -> None:
+        self.name = name
+        self.method = method
+        self.site = site
+        self.options: dict[str, Any] = method.options(site)
+        self.places = tuple((role, *slot.place) for role, slot in slots.items())
+        self.shared: tuple[tuple[str, tuple[str, ...], str], ...] = ()
+        self.home: nn.Module | None = None
+        self.mesh: Any = None
+        self.skip_probability = method.skip_probability
+
+    def parameters(self, layer: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
+        """Iterate over the entry's own parameters at ``layer``, with whether its slots let them train."""
+        home = self.home if self.home is not None else layer
+        slots = self.method.slots(self.site)
+        for role, containers, leaf in self.places:
+            tensor = find_tensor(home, self.name, containers, leaf)
+            if isinstance(tensor, nn.Parameter):
+                yield tensor, slots[role].trainable
+
+
+def find_tensor(home: nn.Module, adapter: str, containers: tuple[str, ...], leaf: str) -> Tensor:
+    """Return the tensor that a slot's place means below ``home``."""
+    holder: Any = home
+    for part in containers:
+        holder = holder._modules[part]
+    return getattr(holder._modules[adapter], leaf) if leaf else holder[adapter]
+
+
+class OptionView(MutableMapping[str, Any]):
+    """One number of a layer by adapter name (``layer.scaling["default"]``); writing it changes the layer."""
+
+    def __init__(self, layer: AdaptedLayer, option: str) -> None:
+        self._layer = layer
+        self._option = option
+
+    def _entry(self, name: str) -> Entry:
+        for entry in self._layer.entries.get(name, ()):
+            if self._option in entry.options:
+                return entry
+        raise KeyError(name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._entry(name).options[self._option]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._entry(name).options[self._option] = value
+        self._layer.state.touch()
+
+    def __delitem__(self, name: str) -> None:
+        raise StateError(f"{self._option!r} of an adapter cannot be removed; delete the adapter instead")
+
+    def __iter__(self) -> Iterator[str]:
+        return (
+            name
+            for name, entries in self._layer.entries.items()
+            if any(self._option in entry.options for entry in entries)
+        )
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))

@@ -1,0 +1,84 @@
+"""Registering an adapter's tensors below modules, where their slots say, and dropping them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from inlay.core.entry import AdapterTensors
+from inlay.core.slot import Slot
+from inlay.core.state import State
+from inlay.core.surface import LayerSurface
+
+__all__ = ["container", "dismount", "drop_shared", "hang"]
+
+
+def hang(home: nn.Module, adapter: str, slot: Slot, tensor: Tensor, new_leaf: Callable[[], nn.Module]) -> None:
+    """Register one tensor below ``home`` where its slot says, making what is missing on the way."""
+    containers, leaf = slot.place
+    value = tensor if slot.buffer else nn.Parameter(tensor, requires_grad=slot.trainable)
+    holder: Any = container(home, containers, nn.ModuleDict if leaf else AdapterTensors)
+    if not leaf:
+        holder[adapter] = value
+        if slot.buffer and not slot.saved:
+            holder._non_persistent_buffers_set.add(adapter)
+        return
+    module = holder._modules.get(adapter)
+    if module is None:
+        module = new_leaf()
+        module.training = home.training
+        holder._modules[adapter] = module
+    if slot.buffer:
+        module._buffers[leaf] = value
+        if not slot.saved:
+            module._non_persistent_buffers_set.add(leaf)
+    else:
+        module._parameters[leaf] = value
+
+
+def drop_shared(state: State, slots: dict[str, Slot], adapter: str) -> None:
+    """Drop an adapter's shared tensors."""
+    for slot in slots.values():
+        _drop(state.shared, slot.place[0], adapter)
+
+
+def container(layer: nn.Module, path: tuple[str, ...], cls: type[nn.Module]) -> nn.Module:
+    """Return the container at a path below a layer, making what is missing."""
+    holder = layer
+    for depth, part in enumerate(path):
+        found = holder._modules.get(part)
+        if found is None:
+            found = cls() if depth == len(path) - 1 else nn.Module()
+            holder._modules[part] = found
+        holder = found
+    return holder
+
+
+def dismount(layer: LayerSurface, adapter: str) -> None:
+    """Drop everything that an adapter has at a layer; containers that end empty go too."""
+    for entry in layer.entries.pop(adapter, ()):
+        paths = [containers for _, containers, _ in entry.places]
+        if entry.method.dropout_field is not None:
+            paths.append((entry.method.dropout_field,))
+        for path in paths:
+            _drop(layer, path, adapter)
+
+
+def _drop(layer: nn.Module, path: tuple[str, ...], adapter: str) -> None:
+    holders = [layer]
+    for part in path:
+        found = holders[-1]._modules.get(part)
+        if found is None:
+            return
+        holders.append(found)
+    last = holders[-1]
+    for table in (last._modules, last._parameters, last._buffers):
+        table.pop(adapter, None)
+    last._non_persistent_buffers_set.discard(adapter)
+    for depth in range(len(path), 0, -1):
+        held = holders[depth]
+        if held._modules or held._parameters or held._buffers:
+            break
+        del holders[depth - 1]._modules[path[depth - 1]]
