@@ -20,7 +20,8 @@ class ModuleCopies(nn.Module):
     """Stands where a module stood; the active adapter's copy runs in its place.
 
     Memory names are PEFT's: ``original_module`` and ``modules_to_save.<adapter>``. A checkpoint holds the copy under
-    the module's own path. Only one adapter that has a copy can be active.
+    the module's own path. If several active adapters have a copy, the last one in activation order runs; PEFT's
+    policy refuses that.
     """
 
     original_module: nn.Module
@@ -96,13 +97,13 @@ class ModuleCopies(nn.Module):
             self.__dict__["_own_enabled"] = enabled
 
     def check_active(self, names: Iterable[str]) -> None:
-        """Refuse two adapters that both want their copy to run.
+        """Refuse, under PEFT's policy, two adapters that both want their copy to run.
 
         Raises:
             UnsupportedError: names them.
         """
         wanted = [name for name in names if name in self.modules_to_save._modules]
-        if len(wanted) > 1:
+        if len(wanted) > 1 and self.state.policy.name == "peft":
             raise UnsupportedError(
                 f"{self.path!r}: {', '.join(map(repr, wanted))} cannot be active together, because each of them has a "
                 "full copy of it (modules_to_save), and only one can run"
