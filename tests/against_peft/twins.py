@@ -98,7 +98,7 @@ LAYERS = {
 def ours_of(config: Any) -> Any:
     """Return Inlay's config with the values of PEFT's."""
     usual = vars(type(config)())
-    given = {name: copy.deepcopy(value) for name, value in vars(config).items() if usual[name] != value}
+    given = {name: copy.deepcopy(value) for name, value in vars(config).items() if usual.get(name, value) != value}
     return registry.config_class(config.peft_type.value)(**given)
 
 
