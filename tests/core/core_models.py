@@ -7,6 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.core.inject import inject
+from inlay.core.plan import plan
+from inlay.core.state import State
+from inlay.methods.lora import LoraConfig
+from inlay.methods.oft import OFTConfig
+
 
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
@@ -82,3 +88,24 @@ def _bytes(tensor: Tensor) -> Any:
     if tensor.is_meta:
         return tensor.shape
     return bytes(tensor.detach().contiguous().view(-1).view(torch.uint8).tolist())
+
+
+CONFIGS = {
+    "a": lambda: LoraConfig(r=2, lora_alpha=4, target_modules=["q", "first"], init_lora_weights=False),
+    "b": lambda: LoraConfig(r=3, lora_alpha=3, target_modules=["q", "k"], init_lora_weights=False),
+    "turn": lambda: OFTConfig(oft_block_size=3, target_modules=["q"], init_weights=False),
+}
+
+
+def adapted(*names: str) -> tuple[torch.nn.Module, State]:
+    model = net()
+    state = None
+    for name in names:
+        state = inject(plan(model, CONFIGS[name](), name), seed=3)
+    assert state is not None
+    if "turn" in names:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "oft_R" in name:
+                    parameter.copy_(torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter))
+    return model, state

@@ -9,10 +9,7 @@ import weakref
 
 import pytest
 import torch
-from core_models import anatomy, net, tokens
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from core_models import CONFIGS, adapted, anatomy, net, tokens
 
 from inlay.core.active import set_active, set_trainable
 from inlay.core.call import opened
@@ -21,30 +18,9 @@ from inlay.core.inject import inject
 from inlay.core.layer import AdaptedLayer
 from inlay.core.merge import merge, unmerge
 from inlay.core.plan import plan
-from inlay.core.state import State, find_state
+from inlay.core.state import find_state
 from inlay.errors import AdapterNameError, MergeError, StateError, UnknownAdapterError
 from inlay.methods.lora import LoraConfig
-from inlay.methods.oft import OFTConfig
-
-CONFIGS = {
-    "a": lambda: LoraConfig(r=2, lora_alpha=4, target_modules=["q", "first"], init_lora_weights=False),
-    "b": lambda: LoraConfig(r=3, lora_alpha=3, target_modules=["q", "k"], init_lora_weights=False),
-    "turn": lambda: OFTConfig(oft_block_size=3, target_modules=["q"], init_weights=False),
-}
-
-
-def adapted(*names: str) -> tuple[torch.nn.Module, State]:
-    model = net()
-    state = None
-    for name in names:
-        state = inject(plan(model, CONFIGS[name](), name), seed=3)
-    assert state is not None
-    if "turn" in names:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "oft_R" in name:
-                    parameter.copy_(torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter))
-    return model, state
 
 
 def test_first_adapter_is_active_and_later_ones_are_not() -> None:
@@ -272,55 +248,3 @@ def test_calls_of_two_threads_do_not_meet() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
-
-
-class Switching(RuleBasedStateMachine):
-    """Any sequence of operations leaves the model with the output of a fresh model brought to the same point."""
-
-    @initialize()
-    def start(self) -> None:
-        self.model, self.state = adapted("a", "b")
-        self.active: tuple[str, ...] = ("a",)
-        self.layer_off = False
-        self.merged: tuple[str, ...] = ()
-        self.base = net().state_dict()
-
-    @rule(names=st.lists(st.sampled_from(["a", "b"]), unique=True))
-    def activate(self, names: list[str]) -> None:
-        set_active(self.state, names)
-        self.active, self.layer_off = tuple(names), False
-
-    @rule()
-    def switch_one_layer_off(self) -> None:
-        self.model.layers[0].q.override(enabled=False)
-        self.layer_off = True
-
-    @precondition(lambda self: not self.layer_off)
-    @rule(name=st.sampled_from(["a", "b"]))
-    def merge_one(self, name: str) -> None:
-        merge(self.state, [name])
-        if name not in self.merged:
-            self.merged += (name,)
-
-    @rule()
-    def unmerge(self) -> None:
-        assert unmerge(self.state) == bool(self.merged)
-        self.merged = ()
-
-    @rule(disabled=st.booleans())
-    def compare(self, disabled: bool) -> None:
-        fresh, state = adapted("a", "b")
-        set_active(state, [*self.merged, *(name for name in self.active if name not in self.merged)])
-        if self.layer_off:
-            fresh.layers[0].q.override(enabled=False)
-        with opened(self.state, disabled=disabled), opened(state, disabled=disabled):
-            assert torch.allclose(self.model(tokens()), fresh(tokens()), atol=1e-4)
-
-    def teardown(self) -> None:
-        if hasattr(self, "model"):
-            eject(self.model, self.state)
-            assert all(torch.equal(tensor, self.base[key]) for key, tensor in self.model.state_dict().items())
-
-
-TestSwitching = Switching.TestCase
-TestSwitching.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)

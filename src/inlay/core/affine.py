@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inlay.core.slot import Init, Slot, zeros
 from inlay.errors import UnsupportedError
@@ -42,7 +42,11 @@ class Affine:
         bias = self.bias
         if delta.bias is not None:
             bias = delta.bias * delta.scale if bias is None else bias + delta.bias * delta.scale
-        return Affine(self.weight + delta.dense(), bias)
+        weight = self.weight
+        if isinstance(delta, LowRank) and delta.plain_beside(weight):
+            # one pass and one new tensor, where the sum with a dense update takes two of each
+            return Affine(torch.addmm(weight, delta.B, delta.A, alpha=float(delta.scale)), bias)
+        return Affine(weight + delta.dense(), bias)
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,15 @@ class LowRank(Delta):
         self.bias = bias
         self.groups = groups
         self.scale = 1.0
+
+    def plain_beside(self, weight: Tensor) -> bool:
+        """Whether factors and ``weight`` are ordinary matrices of one dtype, and nothing crosses groups."""
+        return (
+            self.groups == 1
+            and isinstance(self.scale, (int, float))
+            and self.A.dtype == self.B.dtype == weight.dtype
+            and all(t.dim() == 2 and type(t) in (Tensor, nn.Parameter) for t in (self.A, self.B, weight))
+        )
 
     def dense(self) -> Tensor:
         if self.groups > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -21,7 +23,7 @@ __all__ = ["delete", "eject", "restore_grad"]
 
 
 def delete(model: nn.Module, state: State, name: str) -> None:
-    """Remove one adapter; layers that end without any are taken out too.
+    """Remove one adapter; layers that end without any are taken out too, and base biases that it trained are put back.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
@@ -40,10 +42,23 @@ def delete(model: nn.Module, state: State, name: str) -> None:
     restore_readers(model)
     if len(state.records) == 1:
         _end_replication(model, state)
-    drop_shared(state, state.records.pop(name).shared, name)
+    record = state.records.pop(name)
+    drop_shared(state, record.shared, name)
     register_shared(model, state)
+    _put_back(model, state, record.biases)
     state.active = tuple(active for active in state.active if active != name)
     state.touch()
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, state: State, names: Iterable[str]) -> None:
+    """Give base parameters the values that they had, and freeze them as the rest of the base is."""
+    named = base_parameters(model)
+    for name in names:
+        value = state.base_values.pop(name, None)
+        if value is not None and name in named:
+            named[name].copy_(scatter(value, named[name]))
+            named[name].requires_grad_(False)
 
 
 def _take_out_empty(model: nn.Module, state: State) -> None:

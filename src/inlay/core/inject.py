@@ -85,7 +85,8 @@ def inject(
         undo.append(silence_readers(plan.model))
         if shared:
             _mount_shared(plan, state, shared, undo)
-        state.records[plan.adapter] = Record(plan.config, plan.method, seed, shared=dict(plan.shared))
+        biased = tuple(above + name for name in biases)
+        state.records[plan.adapter] = Record(plan.config, plan.method, seed, shared=dict(plan.shared), biases=biased)
         undo.append(lambda: state.records.pop(plan.adapter, None))
         if initialise and not low_memory:
             _prepare(plan, state, undo)

@@ -69,10 +69,11 @@ def merge_layers(
             _check_order(layer, wanted, chain, keep)
             work.append((layer, chain))
     _check_shared(work)
-    if keep == "none":
+    proved = {id(layer): _proved_finite(layer, chain) for layer, chain in work}
+    if keep == "none":  # nothing will be there to go back to, so every layer is judged before the first is written
         for layer, chain in work:
-            if not _proved_finite(layer, chain):
-                _rounded(layer, chain)
+            if not proved[id(layer)]:
+                _merged_finite(layer, chain)
     written: list[tuple[AdaptedLayer, tuple[str, ...], dict[str, Tensor], dict[str, Tensor]]] = []
     tied: dict[int, AdaptedLayer] = {}
     try:
@@ -81,7 +82,9 @@ def merge_layers(
             weight = getattr(leaf, layer.kind.weight_name)
             # layers that share a weight share the update too, and the first has written it
             partner = tied.get(id(weight))
-            new = _rounded(layer, chain) if partner is None else {}
+            new: dict[str, Tensor] = {}
+            if partner is None:
+                new = layer.merged_tensors(chain) if proved[id(layer)] else _merged_finite(layer, chain)
             if layer._merged and not layer._kept:
                 kept: dict[str, Tensor] = {}
             elif keep == "copy":
@@ -91,7 +94,9 @@ def merge_layers(
             if partner is not None and keep == "copy" and (not layer._merged or layer._kept):
                 kept = {layer.kind.weight_name: partner._kept[partner.kind.weight_name]} | dict(layer._kept)
             tied[id(weight)] = layer
-            before = {name: _copy(getattr(leaf, name)) for name in new} if keep == "copy" else {}
+            before = {}
+            if keep == "copy":
+                before = {name: _copy(getattr(leaf, name)) if layer._merged else kept[name] for name in new}
             written.append((layer, layer._merged, dict(layer._kept), before))
             merged = (*layer._merged, *dict.fromkeys(entry.name for entry in chain))
             layer.write(new, merged, kept)
@@ -179,11 +184,11 @@ def _check_order(layer: AdaptedLayer, wanted: list[str], chain: tuple[Entry, ...
         )
 
 
-def _rounded(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> dict[str, Tensor]:
-    """Return the merged tensors, rounded once to the stored dtype and proved finite."""
+def _merged_finite(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> dict[str, Tensor]:
+    """Return the merged tensors, proved finite in the stored dtype by looking at each number."""
     leaf = layer.leaf_layer
-    new = {}
-    for name, tensor in layer.merged_tensors(chain).items():
+    new = layer.merged_tensors(chain)
+    for name, tensor in new.items():
         stored = getattr(leaf, name)
         rounded = tensor.to(stored.dtype) if stored.dtype.is_floating_point else tensor
         if not bool(torch.isfinite(rounded).all()):
@@ -192,7 +197,6 @@ def _rounded(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> dict[str, Tensor]
                 f"{layer.site.name!r}: merging {who} gives a {name} that is not finite in {stored.dtype}; no weight of "
                 "the model was changed"
             )
-        new[name] = rounded
     return new
 
 
@@ -200,7 +204,8 @@ def _rounded(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> dict[str, Tensor]
 def _proved_finite(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> bool:
     """Whether max|W| + s |B| |A| stays below the largest number of the stored dtype; False if that does not tell."""
     weight = layer.present_affine(whole=True).weight
-    bound = weight.abs().amax().double()
+    lowest, highest = torch.aminmax(weight)
+    bound = torch.maximum(-lowest, highest).double()
     for entry in chain:
         if not entry.method.additive:
             return False

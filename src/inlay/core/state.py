@@ -37,6 +37,7 @@ class Record:
         seed: what initial values were drawn from.
         frozen: created for inference: activating it does not make it trainable.
         shared: slots of the tensors that all its layers share, by role; they hang below ``State.shared``.
+        biases: names of the base biases that train with it.
     """
 
     config: Any
@@ -44,6 +45,7 @@ class Record:
     seed: int
     frozen: bool = False
     shared: dict[str, Slot] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
