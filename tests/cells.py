@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from cell_layers import Experts, OwnRMSNorm, Pair, ScaledEmbedding, Tied, hf_conv1d
 from torch import Tensor, nn
 
 from inlay.core.plan import plan
@@ -88,63 +89,6 @@ class KindCase:
     arity: int = 1
     padding: int | None = None
     parameters: tuple[str, ...] = ()
-
-
-class ScaledEmbedding(nn.Embedding):
-    """An embedding that multiplies its output, as Gemma's does."""
-
-    def __init__(self, *args: Any, scale: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_buffer("embed_scale", torch.tensor(scale), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.embed_scale.to(self.weight.dtype)
-
-
-class OwnRMSNorm(nn.Module):
-    """An RMS norm as model libraries write it; known by its name only."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(features))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.to(torch.float64 if hidden_states.dtype == torch.float64 else torch.float32)
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-        return self.weight * x.to(hidden_states.dtype)
-
-
-class Experts(nn.Module):
-    """A bank of experts with a fixed soft routing; GPT-OSS stores such banks transposed."""
-
-    def __init__(self, is_transposed: bool = False) -> None:
-        super().__init__()
-        self.is_transposed = is_transposed
-        self.up = nn.Parameter(torch.randn(3, 12, 6) if is_transposed else torch.randn(3, 6, 12))
-        self.down = nn.Parameter(torch.randn(3, 6, 12) if is_transposed else torch.randn(3, 12, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        up, down = (self.up, self.down) if self.is_transposed else (self.up.mT, self.down.mT)
-        share = x[..., :3].sigmoid()
-        hidden = torch.tanh(torch.einsum("...i,eij->...ej", x, up))
-        return torch.einsum("...ej,ejo,...e->...o", hidden, down, share)
-
-
-class Tied(nn.Module):
-    """A bare matrix that is used twice, in ways of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(torch.randn(8, 12) / 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x @ self.matrix.T) @ self.matrix
-
-
-def hf_conv1d() -> nn.Module:
-    from transformers.pytorch_utils import Conv1D
-
-    return Conv1D(8, 12)
 
 
 def token_table(**options: Any) -> Callable[[], nn.Module]:
@@ -257,24 +201,6 @@ def listed(table: list[tuple[str, str, str]], method: str, kind: str) -> str | N
 # -- cells ------------------------------------------------------------------------------------------------------------
 
 
-class Pair(nn.Module):
-    """Two layers of one kind side by side, and one that stays as it is."""
-
-    def __init__(self, build: Callable[[], nn.Module], arity: int) -> None:
-        super().__init__()
-        self.first = build()
-        self.last = build()
-        self.beside = nn.Linear(2, 2)
-        self.arity = arity
-
-    def call(self, layer: nn.Module, x: Tensor) -> Tensor:
-        y = layer(*[x] * self.arity)
-        return y[0] if isinstance(y, tuple) else y
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(self.first, x) + torch.tanh(self.call(self.last, x))
-
-
 @dataclass(frozen=True)
 class Cell:
     method: str
@@ -366,33 +292,3 @@ def works(method: str, kind: str) -> bool:
 def every_cell(storages: Iterable[str] = STORAGES) -> Iterator[Cell]:
     """Every cell that works."""
     return (Cell(m, k, s) for s in storages for m in METHODS for k in KINDS if works(m, k))
-
-
-def pair_cover(storages: Iterable[str] = STORAGES, start: int = 0) -> list[Cell]:
-    """Return few cells with every pair (method, kind), (method, storage) and (kind, storage) among them.
-
-    ``start`` turns the storages round, so that different laws meet different triples.
-    """
-    names = list(storages)
-    chosen: list[Cell] = []
-    for i, method in enumerate(METHODS):
-        kinds = [kind for kind in KINDS if works(method, kind)]
-        chosen += [Cell(method, kind, names[(start + i + j) % len(names)]) for j, kind in enumerate(kinds)]
-    return _completed(chosen, list(every_cell(names)), lambda c: {(c.method, c.storage), (c.kind, c.storage)})
-
-
-def family_cover(storages: Iterable[str] = ("plain_fp32",), start: int = 0) -> list[Cell]:
-    """Return few cells with every method and every kind among them, for laws that take long."""
-    cells = list(every_cell(storages))
-    turn = start % max(1, len(cells))
-    return _completed([], cells[turn:] + cells[:turn], lambda c: {("method", c.method), ("kind", c.kind)})
-
-
-def _completed(chosen: list[Cell], cells: list[Cell], covers: Callable[[Cell], set[Any]]) -> list[Cell]:
-    """Add cells, each time the one that covers most, until everything that any cell covers is covered."""
-    missing = set().union(*map(covers, cells)) - set().union(*map(covers, chosen))
-    while missing:
-        best = max(cells, key=lambda cell: len(covers(cell) & missing))  # the first of equals
-        chosen.append(best)
-        missing -= covers(best)
-    return chosen

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from cells import Cell, Pair
+from cell_layers import Pair
+from cells import Cell
 from torch import Tensor, nn
 
 from inlay.core.active import set_active

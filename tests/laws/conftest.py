@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cells
 import pytest
+from cell_cover import family_cover, pair_cover
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -16,7 +17,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if cells.ALL_CELLS:
         chosen = list(cells.every_cell(storages))
     elif getattr(module, "SLOW", False):
-        chosen = cells.family_cover(storages, start)
+        chosen = family_cover(storages, start)
     else:
-        chosen = cells.pair_cover(storages, start)
+        chosen = pair_cover(storages, start)
     metafunc.parametrize("cell", chosen, ids=str)

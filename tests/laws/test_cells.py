@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cells
 import pytest
+from cell_cover import family_cover, pair_cover
 from cells import KINDS, METHODS, STORAGES, UNMERGEABLE, Cell
 from subject import Subject, assert_bitwise, tensors_of
 
@@ -67,12 +68,12 @@ def test_every_line_of_a_table_is_needed(table: list[tuple[str, str, str]]) -> N
 def test_cover_has_every_pair() -> None:
     working = {(m, k) for m in METHODS for k in KINDS if cells.works(m, k)}
     for start in range(len(STORAGES)):
-        cover = cells.pair_cover(start=start)
+        cover = pair_cover(start=start)
         assert len(set(cover)) == len(cover)
         assert {(c.method, c.kind) for c in cover} == working
         assert {(c.method, c.storage) for c in cover} == {(m, s) for m, _ in working for s in STORAGES}
         assert {(c.kind, c.storage) for c in cover} == {(k, s) for _, k in working for s in STORAGES}
-    small = cells.family_cover(start=6)
+    small = family_cover(start=6)
     assert {c.method for c in small} == {m for m, _ in working}
     assert {c.kind for c in small} == {k for _, k in working}
     assert len(small) < len(METHODS) + len(KINDS)

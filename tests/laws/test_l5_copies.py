@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cells import Cell, Pair
+from cell_layers import Pair
+from cells import Cell
 from subject import Subject, assert_bitwise, outcome, tensors_of
 
 from inlay.core.active import adapter_parameters, set_active
