@@ -8,7 +8,7 @@ from cells import BATCH, Cell
 from subject import Outcome, Subject, assert_close, assert_same_outcome, loss, outcome
 from torch import Tensor
 
-from inlay.core.call import calls_in_force, opened
+from inlay.core.call import call_of, opened
 from inlay.core.state import BASE
 from inlay.errors import RoutingError
 
@@ -82,7 +82,7 @@ def test_the_call_ends_with_the_block_and_leaves_no_trace(cell: Cell) -> None:
     before = outcome(subject.model, subject.x)
     with pytest.raises(ZeroDivisionError):
         _interrupted(subject)
-    assert calls_in_force() == ()
+    assert call_of(subject.state) is None
     after = outcome(subject.model, subject.x)
     assert_same_outcome(after, before, cell.dtype, ulps=4 if "max_norm" in cell.kind else 0)
 

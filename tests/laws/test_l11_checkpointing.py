@@ -15,7 +15,8 @@ from subject import Outcome, Subject, assert_same_outcome, loss
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from inlay.core.call import calls_in_force, opened
+from inlay.core.active import set_active
+from inlay.core.call import call_of, opened
 from inlay.core.state import BASE
 
 SLOW = True
@@ -84,7 +85,7 @@ def run(subject: Subject, forward: Forward, calls: list[dict[str, Any] | None], 
     for call in calls:
         with called(subject, call):
             outputs.append(forward(x, one))
-    assert calls_in_force() == ()
+    assert call_of(subject.state) is None
     y = torch.stack(outputs)
     if threaded:
         thread = threading.Thread(target=lambda: loss(y).backward())
@@ -150,6 +151,26 @@ def test_backward_inside_another_call(cell: Cell, reentrant: bool) -> None:
         assert x.grad is not None
         found["x"] = x.grad
     assert_same_outcome(Outcome(y.detach(), found), expected, cell.dtype)
+
+
+@pytest.mark.parametrize("reentrant", MODES)
+def test_switching_adapters_between_forward_and_backward(cell: Cell, reentrant: bool) -> None:
+    """A block is recomputed with the adapters that it ran with."""
+    outcomes = []
+    for checkpointed in (False, True):
+        subject = subject_of(cell)
+        subject.model.train()
+        forward = flat(subject, reentrant) if checkpointed else plain(subject)
+        x = subject.x.clone().requires_grad_() if subject.x.is_floating_point() else subject.x
+        one = gate(subject)
+        y = forward(x, one).unsqueeze(0)
+        set_active(subject.state, ["two"])  # which tensors train stays as it is, or torch itself would refuse
+        loss(y).backward()
+        assert one.grad is not None
+        named = subject.model.named_parameters()
+        gradients = {name: p.grad for name, p in named if p.grad is not None} | {"gate": one.grad}
+        outcomes.append(Outcome(y.detach(), gradients))
+    assert_same_outcome(outcomes[1], outcomes[0], cell.dtype)
 
 
 def test_the_calls_matter(cell: Cell) -> None:

@@ -3,7 +3,8 @@
 A :class:`Call` is immutable and lives in a ``threading.local``, so that threads do not see each other's. It must
 also be there when a gradient checkpoint recomputes its block inside backward, long after the ``with`` has ended,
 maybe in one of autograd's own threads. So a layer that runs under a call leaves it with every checkpoint it finds
-on the stack, and a layer that is recomputed inside backward takes it from there.
+on the stack, and a layer that is recomputed inside backward takes it from there. Which adapters were active is left
+there as well, so that switching them between forward and backward does no harm.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch.utils.checkpoint as torch_checkpoint
 if TYPE_CHECKING:
     from inlay.core.state import State
 
-__all__ = ["Call", "call_of", "calls_in_force", "opened"]
+__all__ = ["Call", "call_in_force", "call_of", "opened"]
 
 _CHECKPOINT_FILE = torch_checkpoint.__file__
 _MARK = "_inlay_calls"
@@ -36,12 +37,15 @@ class Call:
         state: the model it belongs to; layers of other models ignore it.
         names: adapter by sample (``__base__`` for none), or None.
         disabled: no adapter at all.
+        active: the active adapters, where they are not those that the state has now: a checkpointed block is recomputed
+            with the ones that it ran with.
         expand: beams or return sequences per sample; a layer may see that many rows of each, one after the other.
     """
 
     state: State
     names: tuple[str, ...] | None = None
     disabled: bool = False
+    active: tuple[str, ...] | None = None
     expand: int = 1
 
     def names_for(self, x: Any) -> tuple[str, ...]:
@@ -85,34 +89,56 @@ def call_of(state: State) -> Call | None:
     return next((call for call in reversed(_local.calls) if call.state is state), None)
 
 
-def calls_in_force() -> tuple[Call, ...]:
-    """Return the calls that the running forward, or the recomputation of one, must honour."""
+def call_in_force(state: State, training: bool) -> Call | None:
+    """Return the call that the running forward of ``state``'s model, or a recomputation of it, must honour.
+
+    Args:
+        training: whether the layer that asks is in training mode, where a checkpoint may run it.
+    """
     if torch.compiler.is_compiling():
-        return _local.calls
+        return call_of(state)
     if torch._C._current_graph_task_id() != -1:
-        return _recalled()
-    calls = _local.calls
-    if calls:
-        for holder in _checkpoints_on_stack():
-            setattr(holder, _MARK, calls)
-    return calls
+        return _recalled(state)
+    call = call_of(state)
+    if call is not None or _may_be_checkpointed(training):
+        for holder, recomputing in _walk(sys._getframe(1)):
+            if not recomputing:
+                _leave(holder, state, call)
+    return call
 
 
-def _recalled() -> tuple[Call, ...]:
-    """Inside backward: the calls that the recomputed checkpoint ran under (nested checkpoints inherit them)."""
+def _may_be_checkpointed(training: bool) -> bool:
+    """Whether it is worth looking for a checkpoint on the stack; cheap, and never wrongly False."""
+    if not torch.is_grad_enabled():  # a reentrant checkpoint runs its block without gradients
+        return training
+    return training if _top_hooks is None else _top_hooks(True) is not None
+
+
+_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def _leave(holder: Any, state: State, call: Call | None) -> None:
+    """Leave with a checkpoint what its block runs under: the call, and which adapters the state has on."""
+    marks: dict[int, Call] | None = getattr(holder, _MARK, None)
+    if marks is None:
+        marks = {}
+        setattr(holder, _MARK, marks)
+    if id(state) not in marks:  # the call holds the state, so its id stays its own
+        call = Call(state) if call is None else call
+        marks[id(state)] = replace(call, active=state.active, disabled=call.disabled or not state.enabled)
+
+
+def _recalled(state: State) -> Call | None:
+    """Inside backward: the call that the recomputed checkpoint ran under (nested checkpoints inherit it)."""
     inner: list[Any] = []
     for holder, recomputing in _walk(sys._getframe(2)):
         if recomputing:
-            calls = getattr(holder, _MARK, ())
+            marks: dict[int, Call] = getattr(holder, _MARK, {})
             for nested in inner:
-                setattr(nested, _MARK, calls)
-            return calls
+                setattr(nested, _MARK, marks)
+            return marks.get(id(state))
         inner.append(holder)
-    return ()
-
-
-def _checkpoints_on_stack() -> Iterator[Any]:
-    return (holder for holder, recomputing in _walk(sys._getframe(2)) if not recomputing)
+    return None
 
 
 def _walk(frame: FrameType | None) -> Iterator[tuple[Any, bool]]:

@@ -45,9 +45,13 @@ class Inner:
         below = self.depth - 1
         entry = self.chain[below]
         p = self.layer.params(entry)
-        if p.training and entry.skip_probability > 0.0 and self.layer.skipped(entry.skip_probability):
-            return Inner(self.layer, self.chain, below, self.args, self.kwargs)(x)
         inner = Inner(self.layer, self.chain, below, self.args, self.kwargs)
+        if p.training and entry.skip_probability > 0.0:
+            skipped = torch.rand((), device=x.device) < entry.skip_probability
+            if torch.compiler.is_compiling():  # a graph cannot branch on what was drawn
+                return torch.where(skipped, inner(x), entry.method.forward(entry.site, p, x, inner))
+            if bool(skipped):
+                return inner(x)
         return entry.method.forward(entry.site, p, x, inner)
 
     @property

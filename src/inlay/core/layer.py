@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from inlay.core import storage
 from inlay.core.affine import Affine, Site
-from inlay.core.call import Call, calls_in_force
+from inlay.core.call import Call, call_in_force
 from inlay.core.dtype import merge_dtype
 from inlay.core.entry import Entry, OptionView, find_tensor
 from inlay.core.inner import Inner
@@ -127,11 +127,16 @@ class AdaptedLayer(LayerSurface):
     def _resolve(self) -> tuple[Entry, ...]:
         if not self.enabled:
             return ()
-        merged = self._merged
-        return tuple(entry for name in self.active if name not in merged for entry in self.entries.get(name, ()))
+        return self._entries_of(self.active)
 
-    def chain(self) -> tuple[Entry, ...]:
-        """Entries over the base layer, the lowest first, as the state says."""
+    def _entries_of(self, names: tuple[str, ...]) -> tuple[Entry, ...]:
+        merged = self._merged
+        return tuple(entry for name in names if name not in merged for entry in self.entries.get(name, ()))
+
+    def chain(self, call: Call | None = None) -> tuple[Entry, ...]:
+        """Entries over the base layer, the lowest first, as the state says, or the call that is in force."""
+        if call is not None and call.active is not None and self.__dict__["_own_active"] is None:
+            return self._entries_of(call.active) if self.enabled else ()
         if torch.compiler.is_compiling():
             return self._resolve()
         version = self.__dict__["_state"].version
@@ -229,19 +234,14 @@ class AdaptedLayer(LayerSurface):
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def skipped(self, probability: float) -> bool:
-        """Draw whether this training forward leaves an adapter out."""
-        return bool(torch.rand(()) < probability)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for call in reversed(calls_in_force()):
-            if call.state is self.state:
-                if call.disabled:
-                    return self._run((), args, kwargs, off=True)
-                if call.names is not None and self.enabled:
-                    return self._routed(call, args, kwargs)
-                break
-        return self._run(self.chain(), args, kwargs, off=not self.enabled)
+        call = call_in_force(self.state, self.training)
+        if call is not None:
+            if call.disabled:
+                return self._run((), args, kwargs, off=True)
+            if call.names is not None and self.enabled:
+                return self._routed(call, args, kwargs)
+        return self._run(self.chain(call), args, kwargs, off=not self.enabled)
 
     def _run(self, chain: tuple[Entry, ...], args: tuple[Any, ...], kwargs: dict[str, Any], off: bool = False) -> Any:
         """Run the layer with a chain over it; ``off`` also hides what is merged."""

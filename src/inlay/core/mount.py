@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from inlay.core.call import calls_in_force
+from inlay.core.call import call_in_force
 from inlay.core.route import split_rows
 from inlay.core.state import BASE, State
 from inlay.errors import RoutingError, UnsupportedError
@@ -54,20 +54,21 @@ class ModuleCopies(nn.Module):
 
     def _attribute(self, name: str) -> Any:
         """Return an attribute of the module that runs; code may read a weight and never call the module."""
-        for call in reversed(calls_in_force()):
-            if call.state is self.state:
-                if call.disabled:
-                    return getattr(self.original_module, name)
-                if call.names is not None and self.enabled:
-                    served = {id(held): held for held in map(self.copy_of, call.names)}
-                    values = [getattr(held, name) for held in served.values()]
-                    if len(values) > 1 and any(isinstance(value, Tensor) for value in values):
-                        raise RoutingError(
-                            f"{name!r} of {self.path!r} was read while samples of one batch use different copies of "
-                            "that module; only a call of the module can tell them apart"
-                        )
-                    return values[0]
-                break
+        call = call_in_force(self.state, self.training)
+        if call is not None:
+            if call.disabled:
+                return getattr(self.original_module, name)
+            if call.names is not None and self.enabled:
+                served = {id(held): held for held in map(self.copy_of, call.names)}
+                values = [getattr(held, name) for held in served.values()]
+                if len(values) > 1 and any(isinstance(value, Tensor) for value in values):
+                    raise RoutingError(
+                        f"{name!r} of {self.path!r} was read while samples of one batch use different copies of "
+                        "that module; only a call of the module can tell them apart"
+                    )
+                return values[0]
+            if call.active is not None:
+                return getattr(self.current(call.active), name)
         return getattr(self.current(), name)
 
     @property
@@ -124,12 +125,12 @@ class ModuleCopies(nn.Module):
         held = self.modules_to_save._modules.get(name)
         return self.original_module if held is None else held
 
-    def current(self) -> nn.Module:
-        """Return the module that runs now."""
+    def current(self, active: tuple[str, ...] | None = None) -> nn.Module:
+        """Return the module that runs now, or with other adapters active."""
         if not self.enabled:
             return self.original_module
         copies = self.modules_to_save._modules
-        for name in reversed(self.active):
+        for name in reversed(self.active if active is None else active):
             if name in copies:
                 return copies[name]
         return self.original_module
@@ -144,22 +145,23 @@ class ModuleCopies(nn.Module):
         return active[0] if len(active) == 1 else list(active)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for call in reversed(calls_in_force()):
-            if call.state is self.state:
-                if call.disabled:
-                    return self.original_module(*args, **kwargs)
-                if call.names is not None and self.enabled:
-                    held = self.modules_to_save._modules
-                    x = args[0] if args else next(iter(kwargs.values()))
-                    names = tuple(name if name in held else BASE for name in call.names_for(x))
-                    if len(set(names)) == 1:
-                        return self.copy_of(names[0])(*args, **kwargs)
-                    return split_rows(
-                        type(self.original_module).__name__,
-                        names,
-                        lambda name, a, k: self.copy_of(name)(*a, **k),
-                        args,
-                        kwargs,
-                    )
-                break
+        call = call_in_force(self.state, self.training)
+        if call is not None:
+            if call.disabled:
+                return self.original_module(*args, **kwargs)
+            if call.names is not None and self.enabled:
+                held = self.modules_to_save._modules
+                x = args[0] if args else next(iter(kwargs.values()))
+                names = tuple(name if name in held else BASE for name in call.names_for(x))
+                if len(set(names)) == 1:
+                    return self.copy_of(names[0])(*args, **kwargs)
+                return split_rows(
+                    type(self.original_module).__name__,
+                    names,
+                    lambda name, a, k: self.copy_of(name)(*a, **k),
+                    args,
+                    kwargs,
+                )
+            if call.active is not None:
+                return self.current(call.active)(*args, **kwargs)
         return self.current()(*args, **kwargs)

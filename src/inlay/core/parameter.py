@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from inlay.core.call import call_in_force
 from inlay.core.clone import call_with
 from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
@@ -67,7 +68,7 @@ class ParameterLayer(AdaptedLayer):
         tensors = rewritten(self, chain, off)
         for layer in parameter_layers(self.base_layer):
             hidden = off or not layer.enabled
-            tensors |= rewritten(layer, () if hidden else layer.chain(), hidden)
+            tensors |= rewritten(layer, () if hidden else layer.chain(call_in_force(self.state, self.training)), hidden)
         return self._call(tensors, args, kwargs)
 
     def _run_named(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

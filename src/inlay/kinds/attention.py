@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.affine import Affine, Site
+from inlay.core.call import call_in_force
 from inlay.core.clone import call_with, shallow_clone
 from inlay.core.entry import Entry
 from inlay.core.kind import Holder, Kind
@@ -152,7 +153,9 @@ class AttentionLayer(AdaptedLayer):
         after: dict[str, Tensor] = {}
         if self.output is not None:
             hidden = off or not self.output.enabled
-            after = rewritten(self.output, () if hidden else self.output.chain(), hidden)
+            after = rewritten(
+                self.output, () if hidden else self.output.chain(call_in_force(self.state, self.training)), hidden
+            )
         return self._attend(rewritten(self, chain, off), after, args, kwargs)
 
     def _run_named(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
