@@ -33,7 +33,7 @@ def plan_copies(made: Plan, everything: list[Place]) -> None:
     Raises:
         TargetError: one of them is a bare container, or holds layers that an earlier adapter adapts.
     """
-    from inlay.core.plan import unmatched
+    from inlay.core.choose import unmatched
 
     wanted = list(getattr(made.config, "modules_to_save", None) or [])
     task = getattr(made.config, "task_type", None)

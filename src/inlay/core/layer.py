@@ -39,16 +39,12 @@ class AdaptedLayer(LayerSurface):
         own["kind"] = kind
         own["site"] = site
         own["entries"] = {}
-        own["_state"] = state
-        own["_own_active"] = None  # a layer that was given active adapters of its own
-        own["_own_enabled"] = None
-        own["_merged"] = ()
         own["_kept"] = {}  # base tensors as they were before merging
         own["shares"] = ()  # paths of other layers that hold the same weight
         own["_chain"] = (-1, ())
         self._modules["base_layer"] = base
         self.training = base.training
-        state.enter(self)
+        self.join(state)
 
     # -- attributes ---------------------------------------------------------------------------------------------
 
@@ -69,12 +65,6 @@ class AdaptedLayer(LayerSurface):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__["_chain"] = (-1, ())
-        self._state.enter(self)
-
-    @property
-    def state(self) -> State:
-        """The state shared by all adapted layers of the model."""
-        return self.__dict__["_state"]
 
     @property
     def leaf_layer(self) -> nn.Module:
@@ -82,26 +72,6 @@ class AdaptedLayer(LayerSurface):
         return self._modules["base_layer"]  # type: ignore[return-value]
 
     # -- who is on ------------------------------------------------------------------------------------------------
-
-    @property
-    def active(self) -> tuple[str, ...]:
-        """Names of the active adapters in activation order, whether or not this layer has them."""
-        own = self.__dict__["_own_active"]
-        return self.state.active if own is None else own
-
-    @property
-    def enabled(self) -> bool:
-        own = self.__dict__["_own_enabled"]
-        return self.state.enabled if own is None else own
-
-    def override(self, active: tuple[str, ...] | None = None, enabled: bool | None = None) -> None:
-        """Give this layer active adapters (or an on/off switch) of its own; None leaves the old answer."""
-        if active is not None:
-            self.check_active(active)
-            self.__dict__["_own_active"] = active
-        if enabled is not None:
-            self.__dict__["_own_enabled"] = enabled
-        self.state.touch()
 
     def check_active(self, names: Iterable[str]) -> None:
         """Refuse adapters that cannot be active together here, on top of what is merged.
@@ -119,10 +89,6 @@ class AdaptedLayer(LayerSurface):
                             f"{self.site.name!r}: {name!r} and {other.name!r} cannot be active together: {reason}"
                         )
                 below.append(entry)
-
-    def follow(self) -> None:
-        """Follow the model's state again."""
-        self.__dict__["_own_active"] = self.__dict__["_own_enabled"] = None
 
     def _resolve(self) -> tuple[Entry, ...]:
         if not self.enabled:

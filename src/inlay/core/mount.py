@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from inlay.core.call import call_in_force
+from inlay.core.follow import Follower
 from inlay.core.route import split_rows
 from inlay.core.state import BASE, State
 from inlay.errors import RoutingError, UnsupportedError
@@ -16,7 +17,7 @@ from inlay.parallel.hooks import copied
 __all__ = ["ModuleCopies"]
 
 
-class ModuleCopies(nn.Module):
+class ModuleCopies(Follower):
     """Stands where a module stood; the active adapter's copy runs in its place.
 
     Memory names are PEFT's: ``original_module`` and ``modules_to_save.<adapter>``. A checkpoint holds the copy under
@@ -29,20 +30,11 @@ class ModuleCopies(nn.Module):
 
     def __init__(self, path: str, original: nn.Module, state: State) -> None:
         super().__init__()
-        own = self.__dict__
-        own["path"] = path
-        own["_state"] = state
-        own["_own_active"] = None
-        own["_own_enabled"] = None
-        own["_merged"] = ()
+        self.__dict__["path"] = path
         self._modules["original_module"] = original
         self._modules["modules_to_save"] = nn.ModuleDict()
         self.training = original.training
-        state.enter(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._state.enter(self)
+        self.join(state)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -75,28 +67,6 @@ class ModuleCopies(nn.Module):
     def _qkv_same_embed_dim(self) -> bool:
         return bool(self.current()._qkv_same_embed_dim)  # nn.TransformerEncoderLayer asks its attention for it
 
-    @property
-    def state(self) -> State:
-        return self.__dict__["_state"]
-
-    @property
-    def active(self) -> tuple[str, ...]:
-        own = self.__dict__["_own_active"]
-        return self.state.active if own is None else own
-
-    @property
-    def enabled(self) -> bool:
-        own = self.__dict__["_own_enabled"]
-        return self.state.enabled if own is None else own
-
-    def override(self, active: tuple[str, ...] | None = None, enabled: bool | None = None) -> None:
-        """Give this module an active adapter (or an on/off switch) of its own; None leaves the old answer."""
-        if active is not None:
-            self.check_active(active)
-            self.__dict__["_own_active"] = active
-        if enabled is not None:
-            self.__dict__["_own_enabled"] = enabled
-
     def check_active(self, names: Iterable[str]) -> None:
         """Refuse, under PEFT's policy, two adapters that both want their copy to run.
 
@@ -109,10 +79,6 @@ class ModuleCopies(nn.Module):
                 f"{self.path!r}: {', '.join(map(repr, wanted))} cannot be active together, because each of them has a "
                 "full copy of it (modules_to_save), and only one can run"
             )
-
-    def follow(self) -> None:
-        """Follow the model's state again."""
-        self.__dict__["_own_active"] = self.__dict__["_own_enabled"] = None
 
     def add(self, name: str, module: nn.Module | None = None) -> None:
         """Give an adapter its copy: ``module``, or a copy of the original that trains."""
@@ -134,15 +100,6 @@ class ModuleCopies(nn.Module):
             if name in copies:
                 return copies[name]
         return self.original_module
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self.active)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        active = self.active
-        return active[0] if len(active) == 1 else list(active)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = call_in_force(self.state, self.training)

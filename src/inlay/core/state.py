@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -13,13 +13,11 @@ from inlay.core.policy import INLAY, Policy
 from inlay.errors import AdapterNameError, StateError, UnknownAdapterError, did_you_mean
 
 if TYPE_CHECKING:
-    from inlay.core.layer import AdaptedLayer
+    from inlay.core.follow import Follower
     from inlay.core.method import Method
-    from inlay.core.mount import ModuleCopies
     from inlay.core.replicate import Replication
     from inlay.core.slot import Slot
 
-    Adapted: TypeAlias = AdaptedLayer | ModuleCopies
 
 __all__ = ["BASE", "Record", "State", "check_adapter_name", "find_state", "find_states"]
 
@@ -100,11 +98,11 @@ class State:
         held = None if self._holder is None else self._holder()
         return root if held is None else held
 
-    def enter(self, layer: Adapted) -> None:
+    def enter(self, layer: Follower) -> None:
         """Add an adapted layer (layers do this themselves)."""
         self._layers.append(weakref.ref(layer))
 
-    def leave(self, layer: Adapted) -> None:
+    def leave(self, layer: Follower) -> None:
         """Forget an adapted layer that was taken out of the model."""
         self._layers = [ref for ref in self._layers if ref() is not None and ref() is not layer]
 

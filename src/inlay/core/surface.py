@@ -7,33 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from inlay.core.follow import Follower
 from inlay.errors import MergeError, UnsupportedError
 
 if TYPE_CHECKING:
     from inlay.core.entry import Entry
-    from inlay.core.state import State
 
 __all__ = ["LayerSurface"]
 
 
-class LayerSurface(nn.Module):
-    """Mixed into the adapted layer, which has ``active``, ``enabled``, ``entries`` and ``override``."""
+class LayerSurface(Follower):
+    """Mixed into the adapted layer, which has ``entries``."""
 
     if TYPE_CHECKING:
         entries: dict[str, tuple[Entry, ...]]
         base_layer: nn.Module
         _merged: tuple[str, ...]
-
-        @property
-        def active(self) -> tuple[str, ...]: ...
-
-        @property
-        def enabled(self) -> bool: ...
-
-        @property
-        def state(self) -> State: ...
-
-        def override(self, active: tuple[str, ...] | None = None, enabled: bool | None = None) -> None: ...
 
         def restore(self) -> None: ...
 
@@ -45,15 +34,6 @@ class LayerSurface(nn.Module):
     @property
     def merged(self) -> bool:
         return bool(self._merged)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self.active)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        active = self.active
-        return active[0] if len(active) == 1 else list(active)
 
     @property
     def disable_adapters(self) -> bool:
