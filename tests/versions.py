@@ -36,7 +36,7 @@ ENVIRONMENTS = (
     Environment(
         "transformers-4",
         "2.13.0",
-        ("transformers==4.56.2", "accelerate==1.1.1", *TOOLS),
+        ("transformers==4.56.2", "accelerate==1.10.1", *TOOLS),
         ("tests/models", "tests/claims", "tests/checkpoint", "tests/cli"),
     ),
     Environment(

@@ -187,14 +187,10 @@ class Delta:
         raise NotImplementedError
 
     def scaled(self, factor: float | Tensor) -> Delta:
-        """Return the update times a factor, without touching its tensors."""
-        if isinstance(factor, (int, float)) and factor == 1.0:
-            return self
-        copy = object.__new__(type(self))
-        for name, value in self.__dict__.items():
-            setattr(copy, name, value)
-        copy.scale = self.scale * factor
-        return copy
+        """Multiply this update by a factor, in its ``scale``, and return it; its tensors stay as they are."""
+        if not (isinstance(factor, (int, float)) and factor == 1.0):
+            self.scale = self.scale * factor
+        return self
 
 
 class Dense(Delta):

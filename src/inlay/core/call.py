@@ -86,7 +86,10 @@ def opened(
 
 def call_of(state: State) -> Call | None:
     """Return the innermost call that this thread has open on ``state``, outside of any forward too."""
-    return next((call for call in reversed(_local.calls) if call.state is state), None)
+    for call in reversed(_local.calls):  # a plain loop, which older dynamo traces as well
+        if call.state is state:
+            return call
+    return None
 
 
 def call_in_force(state: State, training: bool) -> Call | None:

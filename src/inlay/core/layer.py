@@ -150,8 +150,11 @@ class AdaptedLayer(LayerSurface):
     def present_affine(self, whole: bool = False) -> Affine:
         """The map of the base layer as it stands, with what is merged into it; ``whole`` gathers it."""
         leaf = self.leaf_layer
-        with storage.onloaded(leaf):
+        if torch.compiler.is_compiling():  # no storage moves tensors inside a graph, and older dynamo traces no guard
             present = self.kind.read(leaf, self.site)
+        else:
+            with storage.onloaded(leaf):
+                present = self.kind.read(leaf, self.site)
         if not whole:
             return present
         return Affine(gather(present.weight), None if present.bias is None else gather(present.bias))

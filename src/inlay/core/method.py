@@ -84,7 +84,7 @@ class Method:
         raise NotImplementedError
 
     def delta(self, site: Site, p: P) -> Delta:
-        """Return the update before ``p.scaling``."""
+        """Return the update before ``p.scaling``, as an operator of its own for each call."""
         raise NotImplementedError(f"{type(self).__name__} has no delta")
 
     # -- what follows from it, unless the method says otherwise ----------------------------------------------------

@@ -68,13 +68,14 @@ class ParameterLayer(AdaptedLayer):
         tensors = rewritten(self, chain, off)
         for layer in parameter_layers(self.base_layer):
             hidden = off or not layer.enabled
-            tensors |= rewritten(layer, () if hidden else layer.chain(call_in_force(self.state, self.training)), hidden)
+            over = () if hidden else layer.chain(call_in_force(self.state, self.training))
+            tensors.update(rewritten(layer, over, hidden))
         return self._call(tensors, args, kwargs)
 
     def _run_named(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors: dict[str, Tensor] = {}
         for layer in parameter_layers(self):
-            tensors |= rewritten(layer, layer.entries.get(name, ()), False)
+            tensors.update(rewritten(layer, layer.entries.get(name, ()), False))
         return self._call(tensors, args, kwargs)
 
     def _call(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -173,7 +173,8 @@ class AttentionLayer(AdaptedLayer):
             return module(*args, **kwargs)
         if torch.compiler.is_compiling():
             path = "out_proj" if self.output is None else "out_proj.base_layer"
-            tensors = before | {f"{path}.{name}": tensor for name, tensor in after.items()}
+            tensors = dict(before)  # older dynamo traces no union of dicts
+            tensors.update({f"{path}.{name}": tensor for name, tensor in after.items()})
             return call_with(module, tensors, args, kwargs)
         leaf: Any = module.out_proj if self.output is None else self.output.leaf_layer
         return shallow_clone(module, before, {"out_proj": shallow_clone(leaf, after)})(*args, **kwargs)
