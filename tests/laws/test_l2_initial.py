@@ -29,8 +29,11 @@ def test_the_same_seed_gives_the_same_adapter(cell: Cell) -> None:
 def test_switched_off_it_is_the_base_bitwise(cell: Cell) -> None:
     subject = Subject(cell)
 
-    def is_base() -> bool:  # both run each time: a lookup with max_norm changes the table it reads
-        return torch.equal(subject.base_output(), subject.model(subject.x))
+    def is_base() -> bool:
+        expected, found = subject.base_output(), subject.model(subject.x)
+        if "max_norm" in cell.kind:  # each lookup rounds the rows that it reads, and not every method looks up the base
+            return torch.allclose(found, expected, rtol=4 * torch.finfo(cell.dtype).eps, atol=0.0)
+        return torch.equal(found, expected)
 
     assert not is_base()
     with opened(subject.state, disabled=True):
