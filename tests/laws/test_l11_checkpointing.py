@@ -21,6 +21,9 @@ from inlay.core.state import BASE
 
 SLOW = True
 STORAGES = ("plain_fp32",)
+# A recomputed block adds its gradients up in another order, and sums over whole outputs (the gate's gradient) cancel.
+# Recomputing with the wrong adapters is off by tenths, a thousand times this.
+ORDER = 4096
 
 MODES = [pytest.param(True, id="reentrant"), pytest.param(False, id="not_reentrant")]
 CALLS: dict[str, dict[str, Any] | None] = {
@@ -110,7 +113,7 @@ def test_checkpointed_equals_plain(cell: Cell, reentrant: bool, call: str) -> No
     subject = subject_of(cell)
     expected = run(subject, plain(subject), [CALLS[call]])
     for forward in ways(subject, reentrant):
-        assert_same_outcome(run(subject, forward, [CALLS[call]]), expected, cell.dtype)
+        assert_same_outcome(run(subject, forward, [CALLS[call]]), expected, cell.dtype, ORDER)
 
 
 @pytest.mark.parametrize("reentrant", MODES)
@@ -119,8 +122,10 @@ def test_two_forwards_under_different_calls_before_one_backward(cell: Cell, reen
     calls = list(CALLS.values())
     expected = run(subject, plain(subject), calls)
     for forward in ways(subject, reentrant):
-        assert_same_outcome(run(subject, forward, calls), expected, cell.dtype)
-        assert_same_outcome(run(subject, forward, calls[::-1]), run(subject, plain(subject), calls[::-1]), cell.dtype)
+        assert_same_outcome(run(subject, forward, calls), expected, cell.dtype, ORDER)
+        assert_same_outcome(
+            run(subject, forward, calls[::-1]), run(subject, plain(subject), calls[::-1]), cell.dtype, ORDER
+        )
 
 
 @pytest.mark.parametrize("reentrant", MODES)
@@ -129,7 +134,7 @@ def test_backward_in_another_thread(cell: Cell, reentrant: bool) -> None:
     calls = [CALLS["routed"], CALLS["switched_off"]]
     expected = run(subject, plain(subject), calls)
     for forward in ways(subject, reentrant):
-        assert_same_outcome(run(subject, forward, calls, threaded=True), expected, cell.dtype)
+        assert_same_outcome(run(subject, forward, calls, threaded=True), expected, cell.dtype, ORDER)
 
 
 @pytest.mark.parametrize("reentrant", MODES)
@@ -150,7 +155,7 @@ def test_backward_inside_another_call(cell: Cell, reentrant: bool) -> None:
     if x.is_floating_point():
         assert x.grad is not None
         found["x"] = x.grad
-    assert_same_outcome(Outcome(y.detach(), found), expected, cell.dtype)
+    assert_same_outcome(Outcome(y.detach(), found), expected, cell.dtype, ORDER)
 
 
 @pytest.mark.parametrize("reentrant", MODES)
@@ -170,7 +175,7 @@ def test_switching_adapters_between_forward_and_backward(cell: Cell, reentrant: 
         named = subject.model.named_parameters()
         gradients = {name: p.grad for name, p in named if p.grad is not None} | {"gate": one.grad}
         outcomes.append(Outcome(y.detach(), gradients))
-    assert_same_outcome(outcomes[1], outcomes[0], cell.dtype)
+    assert_same_outcome(outcomes[1], outcomes[0], cell.dtype, ORDER)
 
 
 def test_the_calls_matter(cell: Cell) -> None:

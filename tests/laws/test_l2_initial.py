@@ -32,7 +32,7 @@ def test_switched_off_it_is_the_base_bitwise(cell: Cell) -> None:
     def is_base() -> bool:
         expected, found = subject.base_output(), subject.model(subject.x)
         if "max_norm" in cell.kind:  # each lookup rounds the rows that it reads, and not every method looks up the base
-            return torch.allclose(found, expected, rtol=4 * torch.finfo(cell.dtype).eps, atol=0.0)
+            return torch.allclose(found, expected, rtol=16 * torch.finfo(cell.dtype).eps, atol=0.0)
         return torch.equal(found, expected)
 
     assert not is_base()
