@@ -187,7 +187,7 @@ def _input_table(made: Plan, everything: list[Place]) -> Place:
 def _place_tokens(made: Plan, place: Place, indices: list[int], name: str) -> Placement:
     from inlay.core.plan import place_method
 
-    if made.policy.name == "peft" and any(p.place is place for p in made.placements):
+    if made.policy.peft_layers and any(p.place is place for p in made.placements):
         raise ConfigTypeError(
             f"trainable_token_indices: {place.path!r} is a target of {type(made.config).__name__} too, which PEFT does "
             "not take"

@@ -74,7 +74,7 @@ class ModuleCopies(Follower):
             UnsupportedError: names them.
         """
         wanted = [name for name in names if name in self.modules_to_save._modules]
-        if len(wanted) > 1 and self.state.policy.name == "peft":
+        if len(wanted) > 1 and self.state.policy.peft_layers:
             raise UnsupportedError(
                 f"{self.path!r}: {', '.join(map(repr, wanted))} cannot be active together, because each of them has a "
                 "full copy of it (modules_to_save), and only one can run"

@@ -260,7 +260,7 @@ def _weightless(made: Plan, kind: Kind, site: Site, method: Method) -> str | Non
         return f"{type(method).__name__} depends on the layer's input, and here the layer only gets another weight"
     if not site.bias and "bias" in method.slots(site):
         return "the update has a bias, and here the layer only gets another weight and has no bias of its own"
-    if kind.peft_skips_dropout and made.policy.name == "peft":
+    if kind.peft_skips_dropout and made.policy.peft_layers:
         return None
     for name in (method.dropout_field, "module_dropout", "rank_dropout"):
         value = getattr(method.config, name, None) if name is not None else None

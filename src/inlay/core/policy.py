@@ -21,6 +21,8 @@ class Policy:
         eval_on_load: loading an adapter for inference puts the model in eval mode.
         compute: ``base`` runs adapter products in the input's dtype, ``adapter`` in the adapter's dtype.
         own_seed: initial values come from seed, site and slot; otherwise from torch's global random stream.
+        peft_layers: layers that PEFT treats in a way of its own behave as there (the doubled update of an attention's
+            output projection, dropout that is ignored in weight space, one full copy of a module at a time).
         prefix_patterns: a pattern key may be a whole dotted prefix of a path.
     """
 
@@ -33,6 +35,7 @@ class Policy:
     eval_on_load: bool
     compute: str
     own_seed: bool
+    peft_layers: bool
     prefix_patterns: bool
 
 
@@ -46,6 +49,7 @@ INLAY = Policy(
     eval_on_load=True,
     compute="base",
     own_seed=True,
+    peft_layers=False,
     prefix_patterns=True,
 )
 PEFT = Policy(
@@ -58,5 +62,6 @@ PEFT = Policy(
     eval_on_load=True,
     compute="adapter",
     own_seed=False,
+    peft_layers=True,
     prefix_patterns=False,
 )

@@ -12,19 +12,18 @@ from inlay.core.affine import Affine, Site
 from inlay.core.call import call_in_force
 from inlay.core.clone import call_with, shallow_clone
 from inlay.core.entry import Entry
-from inlay.core.kind import Holder, Kind
 from inlay.core.layer import AdaptedLayer
 from inlay.core.parameter import rewritten
 from inlay.core.route import split_rows
-from inlay.core.slot import Slot
 from inlay.core.state import State
 from inlay.errors import RoutingError, UnsupportedError
-from inlay.kinds.linear import Linear, bare_linear
+from inlay.kinds.linear import Linear
+from inlay.kinds.whole import Whole
 
 __all__ = ["Attention", "AttentionLayer", "Output", "OutputLayer"]
 
 
-class Attention(Kind):
+class Attention(Whole):
     """Weight (3 * embed, embed), the projections of query, key and value on top of each other.
 
     ``out_proj`` is a second site, adapted in place inside the layer; both are applied in weight space, because the
@@ -32,7 +31,6 @@ class Attention(Kind):
     """
 
     name = "attention"
-    activation = False
     peft_skips_dropout = True
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
@@ -49,27 +47,8 @@ class Attention(Kind):
             )
         return Site(name, self.name, 3 * module.embed_dim, module.embed_dim, bias=module.in_proj_bias is not None)
 
-    def run(
-        self,
-        module: nn.Module,
-        site: Site,
-        affine: Affine,
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dtype: torch.dtype | None = None,
-    ) -> Any:
-        stored = self.stored(module, site, affine)
-        dtype = dtype or self.weight_dtype(module)
-        return call_with(module, {name: tensor.to(dtype) for name, tensor in stored.items()}, (x, *args), kwargs)
-
     def adapt(self, module: nn.Module, site: Site, state: State) -> AdaptedLayer:
         return AttentionLayer(module, self, site, state)
-
-    def leaf(self, site: Site, slot: Slot) -> nn.Module:
-        if slot.leaf in ("down", "up") and len(slot.shape) == 2:
-            return bare_linear(slot.shape[1], slot.shape[0])
-        return Holder()
 
     def routed(
         self,
@@ -127,9 +106,9 @@ class OutputLayer(AdaptedLayer):
     """An output projection with adapters; it is read by its attention layer and never called."""
 
     def fold(self, chain: tuple[Entry, ...], dtype: torch.dtype | None = None, whole: bool = False) -> Affine:
-        if self.state.policy.name == "peft":
-            # PEFT adds LoRA's update here twice, in forward and in merges, and its checkpoints were trained so.
-            chain = tuple(e for entry in chain for e in [entry] * (2 if entry.method.prefix == "lora_" else 1))
+        if self.state.policy.peft_layers:
+            # PEFT adds an update here twice, in forward and in merges, and its checkpoints were trained so.
+            chain = tuple(e for entry in chain for e in [entry] * (2 if entry.method.additive else 1))
         return super().fold(chain, dtype, whole)
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from inlay.core.affine import Affine, Site
-from inlay.core.clone import call_with
-from inlay.core.kind import Kind
 from inlay.errors import UnsupportedError
+from inlay.kinds.whole import Whole
 
 __all__ = ["Norm"]
 
@@ -23,14 +21,13 @@ _TORCH = (
 )
 
 
-class Norm(Kind):
+class Norm(Whole):
     """torch's norms, and any module whose class name ends in ``Norm`` and whose one weight is a vector.
 
     The second rule takes in the RMS norms that model libraries write themselves (``LlamaRMSNorm``, ``T5LayerNorm``).
     """
 
     name = "norm"
-    activation = False  # the normalised input is not at hand, so an update has nothing of its own to multiply
 
     def claims(self, module: Any) -> bool:
         if isinstance(module, _TORCH):
@@ -67,17 +64,3 @@ class Norm(Kind):
     def stored(self, module: Any, site: Site, affine: Affine) -> dict[str, Tensor]:
         tensors = super().stored(module, site, affine)
         return {name: tensor.reshape(module._parameters[name].shape) for name, tensor in tensors.items()}
-
-    def run(
-        self,
-        module: Any,
-        site: Site,
-        affine: Affine,
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        weight_dtype = dtype or self.weight_dtype(module)
-        tensors = {name: tensor.to(weight_dtype) for name, tensor in self.stored(module, site, affine).items()}
-        return call_with(module, tensors, (x, *args), kwargs)

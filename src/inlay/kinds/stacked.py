@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from inlay.core.affine import Affine, Site
-from inlay.core.clone import call_with
-from inlay.core.kind import Holder, Kind
-from inlay.core.slot import Slot
+from inlay.core.affine import Site
 from inlay.core.state import State
 from inlay.errors import UnsupportedError
-from inlay.kinds.linear import bare_linear, is_conv1d
+from inlay.kinds.linear import is_conv1d
+from inlay.kinds.whole import Whole
 
 __all__ = ["Stacked"]
 
 
-class Stacked(Kind):
+class Stacked(Whole):
     """One named parameter of any module: (out, in), or (experts, out, in).
 
     A module with a true ``is_transposed`` (GPT-OSS) stores its banks as (experts, in, out). Nothing is known of how
@@ -26,7 +23,6 @@ class Stacked(Kind):
     """
 
     name = "stacked"
-    activation = False
 
     def __init__(self, parameter: str) -> None:
         self.weight_name = parameter  # type: ignore[misc]
@@ -68,26 +64,7 @@ class Stacked(Kind):
         matrix = ("in", "out") if site.transposed else ("out", "in")
         return (*["experts"] * len(site.experts), *matrix)
 
-    def run(
-        self,
-        module: nn.Module,
-        site: Site,
-        affine: Affine,
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dtype: torch.dtype | None = None,
-    ) -> Any:
-        stored = self.stored(module, site, affine)
-        dtype = dtype or self.weight_dtype(module)
-        return call_with(module, {name: tensor.to(dtype) for name, tensor in stored.items()}, (x, *args), kwargs)
-
     def adapt(self, module: nn.Module, site: Site, state: State) -> Any:
         from inlay.core.parameter import ParameterLayer
 
         return ParameterLayer(module, self, site, state)
-
-    def leaf(self, site: Site, slot: Slot) -> nn.Module:
-        if slot.leaf in ("down", "up") and len(slot.shape) == 2:
-            return bare_linear(slot.shape[1], slot.shape[0])
-        return Holder()
