@@ -12,6 +12,7 @@
     ├── AdapterNameError (ValueError)       an unsafe, duplicate or unknown adapter name
     │   └── UnknownAdapterError (KeyError)
     ├── UnsupportedError (ValueError)       mathematics or the layer forbids it; one sentence says why
+    │   └── NotAvailableError (NotImplementedError)   a part of PEFT that Inlay does not have yet
     ├── MergeError (ValueError)             a merge that would lose or corrupt something
     ├── RoutingError (ValueError)           adapters chosen per sample that cannot be honoured
     ├── StateError (RuntimeError)           an operation that does not fit the model's present state
@@ -43,6 +44,7 @@ __all__ = [
     "MergeError",
     "MissingExtraError",
     "NoTargetError",
+    "NotAvailableError",
     "RoutingError",
     "StateError",
     "TargetError",
@@ -97,6 +99,10 @@ class UnknownAdapterError(AdapterNameError, KeyError):
 
 class UnsupportedError(InlayError, ValueError):
     """What was asked cannot be done on this layer, storage or method; the message says why."""
+
+
+class NotAvailableError(UnsupportedError, NotImplementedError):
+    """A method or function of PEFT that this version of Inlay does not have."""
 
 
 class MergeError(InlayError, ValueError):

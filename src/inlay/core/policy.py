@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["INLAY", "PEFT", "Policy"]
+__all__ = ["INLAY", "PEFT", "Policy", "default_policy", "set_default_policy"]
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,19 @@ PEFT = Policy(
     peft_layers=True,
     prefix_patterns=False,
 )
+
+_default = INLAY
+
+
+def default_policy() -> Policy:
+    """Return the policy of what is created by a class that both namespaces share, such as ``PeftModel(model, config)``.
+
+    The functions of a namespace (``inlay.get_peft_model``) name theirs.
+    """
+    return _default
+
+
+def set_default_policy(policy: Policy) -> None:
+    """Set :func:`default_policy` for this process."""
+    global _default
+    _default = policy

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from inlay.core.policy import INLAY
+from inlay.core.policy import default_policy
 from inlay.models.peft_model import PeftModel
 from inlay.models.tuner import AdapterModel
 
@@ -28,7 +28,7 @@ class PeftMixedModel(PeftModel):
     tuner: ClassVar[type[AdapterModel] | None] = MixedModel
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = "default") -> None:
-        self._hold(model, INLAY, MixedModel)
+        self._hold(model, default_policy(), MixedModel)
         self._first(peft_config, adapter_name, True, False)
 
     def check_method(self, config: Any) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from inlay.config import PeftConfig, write_atomically
 from inlay.config.hub import PushToHub
 from inlay.core.layer import AdaptedLayer
-from inlay.core.policy import INLAY, Policy
+from inlay.core.policy import Policy, default_policy
 from inlay.errors import ConfigError, UnsupportedError
 from inlay.models import counting
 from inlay.models.loading import LoadOptions, load_all_onto, load_into, load_onto, refuse_unknown
@@ -50,7 +50,7 @@ class PeftModel(PushToHub, Wrapper):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        self._hold(model, INLAY, tuner_class(peft_config.peft_type))
+        self._hold(model, default_policy(), tuner_class(peft_config.peft_type))
         self._first(peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
     # -- what there is --------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ class PeftModel(PushToHub, Wrapper):
             model,
             model_id,
             adapter_name,
-            INLAY,
+            default_policy(),
             adapters,
             LoadOptions.gathered(
                 "from_pretrained",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from inlay.core.active import set_trainable
 from inlay.core.layer import AdaptedLayer
-from inlay.core.policy import INLAY, Policy
+from inlay.core.policy import Policy, default_policy
 from inlay.core.registry import method_class, method_types
 from inlay.core.shared import register_shared
 from inlay.core.state import State, find_state
@@ -48,7 +48,7 @@ class AdapterModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        self._hold(model, INLAY)
+        self._hold(model, default_policy())
         if isinstance(config, dict):
             config = config[adapter_name]
         self.add(config, adapter_name, low_memory=low_cpu_mem_usage, state_dict=state_dict)
