@@ -1,0 +1,1 @@
+"""PEFT's layer classes: what they are asked for, constructed from and inherited from, over the engine's one layer."""
