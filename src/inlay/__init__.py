@@ -80,6 +80,7 @@ _HOMES: dict[str, str] = {
     "TrainableTokensConfig": "inlay.methods.trainable_tokens",
     "VeraConfig": "inlay.methods.vera",
     "call": "inlay.models.calls",
+    "install_as_peft": "inlay.compat.install",
 }
 
 __version__ = "0.1.0"
@@ -134,6 +135,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "inject",
     "inject_adapter_in_model",
+    "install_as_peft",
     "load_peft_weights",
     "plan",
     "prepare_model_for_kbit_training",

@@ -1,6 +1,6 @@
 """Record which names each module of the installed peft has, and where each of them is defined.
 
-``python tests/compat/record_names.py`` prints what ``src/inlay/compat/names.json`` holds. Names and places only; the test
+Running it prints what ``src/inlay/compat/names.json`` holds. Names and places only; the test
 ``test_names.py`` compares the file with the installed peft.
 """
 

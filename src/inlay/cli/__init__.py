@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from inlay.errors import InlayError, MissingExtraError
 
@@ -16,6 +17,8 @@ COMMANDS = {
     "generate": "inlay.cli.generate",
     "predict": "inlay.cli.predict",
 }
+# command -> module with a function `main(words)`; these need no extra, and pass options of a script on unread
+PLAIN = {"run": "inlay.cli.run", "shim-path": "inlay.cli.shim_path"}
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -23,8 +26,11 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for anything wrong with the input, 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
+    plain = words[0] in PLAIN if words else False
+    debug = "--debug" in words and not plain
     try:
+        if plain:
+            return int(import_module(PLAIN[words[0]]).main(words[1:]))
         return _run([word for word in words if word != "--debug"])
     except KeyboardInterrupt:
         _complain("interrupted")

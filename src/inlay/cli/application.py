@@ -22,6 +22,7 @@ def run(words: list[str], commands: dict[str, ModuleType]) -> int:
     application = typer.Typer(
         name="inlay",
         help="Adapters for pretrained models: train, look at, merge and try them.",
+        epilog="Also: inlay run SCRIPT (import peft means Inlay in it), inlay shim-path. Each has --help.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -1,0 +1,54 @@
+"""The folder with a package ``peft`` that is Inlay: for ``PYTHONPATH``, which child processes inherit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from inlay.config import COMPATIBLE_PEFT_VERSION
+from inlay.errors import ConfigError, StateError
+
+__all__ = ["path_with_shim", "shim_folder"]
+
+
+def shim_folder(version: str = COMPATIBLE_PEFT_VERSION) -> Path:
+    """Return a folder that holds the stand-in and its metadata.
+
+    Args:
+        version: what the metadata say; for another than the usual one, a copy is made in the user's cache.
+
+    Raises:
+        ConfigError: ``version`` is no version.
+        StateError: this installation of Inlay lacks the folder.
+    """
+    import inlay
+
+    package = Path(inlay.__file__).parent
+    found = next((p for p in (package / "shims" / "peft", package.parents[1] / "shims" / "peft") if p.is_dir()), None)
+    if found is None:
+        raise StateError(f"the folder shims/peft is missing beside {package}; install Inlay again")
+    if version == COMPATIBLE_PEFT_VERSION:
+        return found
+    if not version or not version[0].isdigit() or any(char in version for char in "/\\ "):
+        raise ConfigError(f"version: expected a version such as '0.21.2', found {version!r}")
+    return _copied(found, version)
+
+
+def _copied(source: Path, version: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    target = cache / "inlay" / "shims" / f"peft-{version}"
+    if not (target / f"peft-{version}.dist-info" / "METADATA").is_file():
+        shutil.copytree(source / "peft", target / "peft", dirs_exist_ok=True)
+        info = target / f"peft-{version}.dist-info"
+        shutil.copytree(source / f"peft-{COMPATIBLE_PEFT_VERSION}.dist-info", info, dirs_exist_ok=True)
+        metadata = info / "METADATA"
+        metadata.write_text(metadata.read_text(encoding="utf-8").replace(COMPATIBLE_PEFT_VERSION, version))
+    return target
+
+
+def path_with_shim(version: str = COMPATIBLE_PEFT_VERSION) -> str:
+    """Return ``PYTHONPATH`` as it is now, with the stand-in in front."""
+    folder = str(shim_folder(version))
+    rest = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and part != folder]
+    return os.pathsep.join([folder, *rest])
