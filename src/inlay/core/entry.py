@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, MutableMapping
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
+import torch
 from torch import Tensor, nn
 
 from inlay.core.affine import Site
@@ -15,7 +16,7 @@ from inlay.errors import StateError
 if TYPE_CHECKING:
     from inlay.core.layer import AdaptedLayer
 
-__all__ = ["AdapterTensors", "Entry", "OptionView", "find_tensor"]
+__all__ = ["AdapterTensors", "Entry", "MergedNames", "OptionView", "find_tensor"]
 
 
 class AdapterTensors(nn.Module):
@@ -75,11 +76,26 @@ class Entry:
         places: (role, containers below the layer, attribute below the adapter's name) of each slot.
         shared: the same for the tensors that all layers share, below ``state.shared``.
         home: the module that holds the containers: the layer itself, or another one for tied tensors.
+        weights: roles of the slots that are parameters.
         mesh: the device mesh that the base weight is spread over by tensor parallelism, if it is.
         skip_probability: chance of leaving the adapter out of one training forward (``module_dropout``).
+        room: shape by role of tensors that have a larger rank than their slots, filled up with zeros, so that an
+            adapter of another rank can take their place.
     """
 
-    __slots__ = ("home", "mesh", "method", "name", "options", "places", "shared", "site", "skip_probability")
+    __slots__ = (
+        "home",
+        "mesh",
+        "method",
+        "name",
+        "options",
+        "places",
+        "room",
+        "shared",
+        "site",
+        "skip_probability",
+        "weights",
+    )
 
     def __init__(self, name: str, method: Method, site: Site, slots: dict[str, Slot]) -> None:
         self.name = name
@@ -87,10 +103,19 @@ class Entry:
         self.site = site
         self.options: dict[str, Any] = method.options(site)
         self.places = tuple((role, *slot.place) for role, slot in slots.items())
+        self.weights = tuple(role for role, slot in slots.items() if not slot.buffer)
         self.shared: tuple[tuple[str, tuple[str, ...], str], ...] = ()
         self.home: nn.Module | None = None
         self.mesh: Any = None
         self.skip_probability = method.skip_probability
+        self.room: dict[str, tuple[int, ...]] = {}
+
+    def set(self, option: str, value: Any) -> None:
+        """Change a number; one that is a tensor stays a tensor, because compiled code has no guard on its value."""
+        held = self.options.get(option)
+        if isinstance(held, Tensor):
+            value = torch.as_tensor(value, dtype=held.dtype, device=held.device)
+        self.options[option] = value
 
     def parameters(self, layer: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
         """Iterate over the entry's own parameters at ``layer``, with whether its slots let them train."""
@@ -127,7 +152,7 @@ class OptionView(MutableMapping[str, Any]):
         return self._entry(name).options[self._option]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._entry(name).options[self._option] = value
+        self._entry(name).set(self._option, value)
         self._layer.state.touch()
 
     def __delitem__(self, name: str) -> None:
@@ -145,3 +170,38 @@ class OptionView(MutableMapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+class MergedNames(list[str]):
+    """Names of what is merged into a layer. Changing the list changes the layer's books, and no weight."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer._merged)
+        self._layer = layer
+
+    def _write(self) -> None:
+        self._layer.merged_adapters = self
+
+    def append(self, name: str) -> None:
+        super().append(name)
+        self._write()
+
+    def extend(self, names: Iterable[str]) -> None:
+        super().extend(names)
+        self._write()
+
+    def remove(self, name: str) -> None:
+        super().remove(name)
+        self._write()
+
+    def pop(self, index: SupportsIndex = -1) -> str:
+        name = super().pop(index)
+        self._write()
+        return name
+
+    def clear(self) -> None:
+        super().clear()
+        self._write()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)

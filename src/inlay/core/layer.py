@@ -54,17 +54,33 @@ class AdaptedLayer(LayerSurface):
         except AttributeError:
             pass
         entries = self.__dict__.get("entries")
-        if entries is not None and not name.startswith("_"):
+        if entries is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        if not name.startswith("_"):
             if any(name in entry.options for held in entries.values() for entry in held):
                 return OptionView(self, name)
             base = self.__dict__["_modules"].get("base_layer")
-            if base is not None:
+            if base is not None and hasattr(base, name):
                 return getattr(base, name)
-        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        found = self._further(name)
+        if found is NotImplemented:
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}, and neither has its base layer")
+        return found
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__["_chain"] = (-1, ())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for entries in self.entries.values():
+            for entry in entries:
+                for option, value in entry.options.items():
+                    if isinstance(value, Tensor):  # a scale, which follows the layer's device and keeps its precision
+                        device = fn(value).device
+                        if device.type != "meta":
+                            entry.options[option] = value.to(device)
+        return self
 
     @property
     def leaf_layer(self) -> nn.Module:

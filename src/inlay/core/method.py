@@ -14,7 +14,7 @@ from inlay.config.defaults import default_targets
 from inlay.core.affine import Affine, Delta, Site
 from inlay.core.patterns import pattern_value
 from inlay.core.slot import Slot
-from inlay.errors import TargetError
+from inlay.errors import TargetError, UnsupportedError
 
 if TYPE_CHECKING:
     from inlay.core.inner import Inner
@@ -60,6 +60,7 @@ class Method:
         mergeable: False where the update depends on the data.
         mixed: whether PEFT lets the method take part in a mixed model.
         ties: layers that share the weight of an adapted embedding are adapted with it, without being asked.
+        shown: config fields that can be read on a layer by adapter name (``layer.use_dora["default"]``).
     """
 
     config_class: ClassVar[type[Any]]
@@ -68,6 +69,7 @@ class Method:
     mergeable: ClassVar[bool] = True
     mixed: ClassVar[bool] = False
     ties: ClassVar[bool] = False
+    shown: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -107,6 +109,16 @@ class Method:
     def update(self, site: Site, p: P) -> Delta:
         """Return the update with ``p.scaling`` applied."""
         return self.delta(site, p).scaled(p.scaling)
+
+    def delta_weight(self, site: Site, p: P) -> Tensor:
+        """Return what is added to the weight, in its stored shape, or the matrix that the weight is multiplied with.
+
+        Raises:
+            UnsupportedError: there is no such matrix.
+        """
+        if type(self).delta is Method.delta:
+            raise UnsupportedError(f"{type(self).__name__} has no matrix that it adds to the weight of {site.name!r}")
+        return site.to_stored(self.update(site, p).dense())
 
     def rewrite(self, site: Site, p: P, layer: Affine, base: Affine) -> Affine:
         """Weight space: return the adapted map. ``layer`` is what is below, ``base`` the untouched layer."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +89,7 @@ class Slot:
         dtype: fixed dtype; by default the dtype rule of ``core.dtype`` applies.
         leaf: ``"down"`` (layer input to rank) or ``"up"`` (rank to layer output) asks for a module that can be
             called on its own, like the ``lora_A`` and ``lora_B`` of PEFT; otherwise a bare holder is made.
+        blocks: how many equal blocks the rank axis (``r``) consists of; a change of the rank changes each of them.
     """
 
     key: str
@@ -101,6 +102,7 @@ class Slot:
     buffer: bool = False
     dtype: torch.dtype | None = None
     leaf: str | None = None
+    blocks: int = 1
 
     def __post_init__(self) -> None:
         if self.key.split(".").count("*") != 1:
@@ -124,6 +126,42 @@ class Slot:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape can be brought to the slot's by adding rank, and nothing else."""
+        if tuple(shape) == self.shape:
+            return True
+        if "r" not in self.dims or len(shape) != len(self.shape):
+            return False
+        axis = self.dims.index("r")
+        others = [i for i in range(len(shape)) if i != axis]
+        return (
+            shape[axis] < self.shape[axis]
+            and shape[axis] % self.blocks == 0
+            and all(shape[i] == self.shape[i] for i in others)
+        )
+
+    def resized(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return a tensor of this slot with another rank: every block is cut, or padded with zeros, at its end.
+
+        Args:
+            tensor: of any rank.
+            shape: what is wanted; it differs from the tensor's own in the axis ``r`` only.
+
+        Returns:
+            A tensor that shares memory with the given one where that is possible.
+        """
+        if tuple(tensor.shape) == tuple(shape):
+            return tensor
+        axis = self.dims.index("r")
+        size = shape[axis] // self.blocks
+        blocks = tensor.unflatten(axis, (self.blocks, -1))
+        kept = blocks.narrow(axis + 1, 0, min(size, blocks.shape[axis + 1]))
+        if kept.shape[axis + 1] < size:
+            padded = tensor.new_zeros(shape).unflatten(axis, (self.blocks, -1))
+            padded.narrow(axis + 1, 0, kept.shape[axis + 1]).copy_(kept)
+            kept = padded
+        return kept.flatten(axis, axis + 1)
 
 
 def generator_for(seed: int, site: str, key: str) -> torch.Generator:

@@ -2,34 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from inlay.core import storage
+from inlay.core.call import call_of
+from inlay.core.entry import MergedNames
 from inlay.core.follow import Follower
-from inlay.errors import MergeError, UnsupportedError
+from inlay.errors import MergeError, UnknownAdapterError, UnsupportedError, did_you_mean
 
 if TYPE_CHECKING:
+    from inlay.core.affine import Site
     from inlay.core.entry import Entry
+    from inlay.core.kind import Kind
+    from inlay.core.method import P
 
-__all__ = ["LayerSurface"]
+__all__ = ["LayerSurface", "attribute_sources"]
+
+# Asked in turn for an attribute that neither a layer nor what it stands for has: (layer, name) -> value or
+# NotImplemented. A namespace that gives layers further names of its own adds itself here.
+attribute_sources: list[Callable[[Any, str], Any]] = []
 
 
 class LayerSurface(Follower):
     """Mixed into the adapted layer, which has ``entries``."""
 
+    # what reads and writes a quantised base weight for PEFT's own layers; here the storages do it
+    quantization_backend: Any = None
+
     if TYPE_CHECKING:
         entries: dict[str, tuple[Entry, ...]]
         base_layer: nn.Module
+        kind: Kind
+        site: Site
         _merged: tuple[str, ...]
 
+        @property
+        def leaf_layer(self) -> nn.Module: ...
+
+        def params(self, entry: Entry, whole: bool = False) -> P: ...
+
         def restore(self) -> None: ...
+
+    # -- who is on ----------------------------------------------------------------------------------------------------
 
     @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters merged into the base layer, in the order of merging."""
-        return list(self._merged)
+        return MergedNames(self)
+
+    @merged_adapters.setter
+    def merged_adapters(self, names: Iterable[str]) -> None:
+        self.__dict__["_merged"] = tuple(names)
+        self.state.touch()
 
     @property
     def merged(self) -> bool:
@@ -37,7 +66,124 @@ class LayerSurface(Follower):
 
     @property
     def disable_adapters(self) -> bool:
-        return not self.enabled
+        """Whether adapters are off here, also for the call that is running only."""
+        call = call_of(self.state)
+        return not self.enabled or (call is not None and call.disabled)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or a list if it is not exactly one; PEFT's policy always has a list."""
+        return list(self.active) if self.state.policy.peft_layers else super().active_adapter
+
+    @property
+    def _active_adapter(self) -> str | list[str]:
+        return self.active_adapter
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | Iterable[str]) -> None:
+        self.override(active=(names,) if isinstance(names, str) else tuple(names))
+
+    @property
+    def _disable_adapters(self) -> bool:
+        return self.disable_adapters
+
+    @_disable_adapters.setter
+    def _disable_adapters(self, disabled: bool) -> None:
+        self.override(enabled=not disabled)
+
+    # -- what is here -------------------------------------------------------------------------------------------------
+
+    def _each(self, names: Iterable[str] | None = None) -> Iterator[Entry]:
+        """Iterate over the entries of some adapters, by default of all."""
+        for name in self.entries if names is None else names:
+            yield from self.entries.get(name, ())
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Names of the attributes that hold weights by adapter name; dotted for nested ones."""
+        named = (".".join(path) for entry in self._each() for role, path, _ in entry.places if role in entry.weights)
+        return tuple(dict.fromkeys(named))
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """Names of the attributes that hold anything else by adapter name."""
+        names: list[str] = []
+        for entry in self._each():
+            names += entry.options
+            names += [".".join(path) for role, path, _ in entry.places if role not in entry.weights]
+            names += entry.method.shown
+            if entry.method.dropout_field is not None:
+                names.append(entry.method.dropout_field)
+        return tuple(dict.fromkeys(names))
+
+    def _further(self, name: str) -> Any:
+        """Return an attribute that neither this layer nor its base layer has, or NotImplemented.
+
+        It may be a config field by adapter name, a container of shared tensors, or what ``attribute_sources`` know.
+        """
+        showing = [entry for entry in self._each() if name in entry.method.shown]
+        if showing:
+            return MappingProxyType({entry.name: getattr(entry.method.config, name) for entry in showing})
+        if any(path[0] == name for entry in self._each() for _, path, _ in entry.shared):
+            return self.state.shared._modules[name]
+        found = (source(self, name) for source in attribute_sources)
+        return next((value for value in found if value is not NotImplemented), NotImplemented)
+
+    def _get_available_adapters(self) -> set[str]:
+        """Return the names of the adapters that have weights here."""
+        return {entry.name for entry in self._each() if entry.weights}
+
+    def _all_available_adapter_names(self) -> list[str]:
+        """Return the sorted names of the adapters that have anything here."""
+        return sorted(self.entries)
+
+    @property
+    def in_features(self) -> int:
+        """Input features or channels of the base layer."""
+        return int(getattr(self.base_layer, "in_features", self.site.all_channels))
+
+    @property
+    def out_features(self) -> int:
+        """Output features or channels of the base layer."""
+        return int(getattr(self.base_layer, "out_features", self.site.out))
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base layer stores its weight as (in, out)."""
+        return self.site.transposed and self.site.parameter is None
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def get_base_weight(self) -> Tensor:
+        """Return the base layer's weight as it stands, as plain numbers in its stored shape, without gradient."""
+        return storage.read(self.leaf_layer, self.kind.weight_name).detach()
+
+    @torch.no_grad()
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Write other numbers, of the stored shape, into the base layer's weight."""
+        storage.write(self.leaf_layer, self.kind.weight_name, weight_data)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what an adapter adds to the weight, with its scaling, in the weight's stored shape.
+
+        A method that multiplies the weight gives the matrix it multiplies with.
+
+        Raises:
+            UnknownAdapterError: it has nothing here.
+            UnsupportedError: the method has no such matrix, or the layer's weight cannot hold it.
+        """
+        entries = self.entries.get(adapter, ())
+        if not entries:
+            known = ", ".join(map(repr, self.entries)) or "none"
+            raise UnknownAdapterError(
+                f"{self.site.name!r} has no adapter {adapter!r}; it has: {known}.{did_you_mean(adapter, self.entries)}"
+            )
+        return entries[0].method.delta_weight(entries[0].site, self.params(entries[0]))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter only adds a matrix to the weight, which LoRA could approximate."""
+        entries = self.entries.get(adapter_name, ())
+        return bool(entries) and all(entry.method.additive and entry.method.mergeable for entry in entries)
 
     def get_base_layer(self) -> nn.Module:
         """Return the untouched layer."""
@@ -51,18 +197,22 @@ class LayerSurface(Follower):
 
         Args:
             adapter_names: name or names.
-            inference_mode: leave gradients alone. Otherwise the activated ones train here and the others do not.
+            inference_mode: leave gradients alone (under PEFT's policy nothing trains then). Otherwise the activated
+                ones train here and the others do not.
         """
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         self.override(active=names)
+        if not inference_mode or self.state.policy.peft_layers:
+            self.set_requires_grad([name for name in self.entries if inference_mode or name not in names], False)
         if not inference_mode:
-            self._train_only(names)
+            self.set_requires_grad(names)
 
-    def _train_only(self, names: tuple[str, ...]) -> None:
-        for name, entries in self.entries.items():
-            for entry in entries:
-                for tensor, trainable in entry.parameters(self):
-                    tensor.requires_grad_(trainable and name in names)
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Switch gradients of adapters on or off on this layer, whether they are active or not."""
+        for entry in self._each([adapter_names] if isinstance(adapter_names, str) else adapter_names):
+            for tensor, trainable in entry.parameters(self):
+                if tensor.is_floating_point():
+                    tensor.requires_grad_(trainable and requires_grad)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch every adapter of this layer on or off; it no longer follows the model's switch."""
@@ -93,26 +243,26 @@ class LayerSurface(Follower):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scaling here to ``scale`` times what its config says."""
-        for entry in self.entries.get(adapter, ()):
-            self._scale(entry, float(entry.method.options(entry.site).get("scaling", 1.0)) * scale)
+        self._rescale([adapter], lambda entry: float(entry.method.options(entry.site)["scaling"]) * scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters here."""
-        for name in self.active:
-            for entry in self.entries.get(name, ()):
-                self._scale(entry, entry.options.get("scaling", 1.0) * scale)
+        self._rescale(self.active, lambda entry: entry.options["scaling"] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters here, or without ``scale`` put back what their configs say."""
-        for name in self.active:
-            if scale is None:
-                self.set_scale(name, 1.0)
-            else:
-                for entry in self.entries.get(name, ()):
-                    self._scale(entry, entry.options.get("scaling", 1.0) / scale)
+        if scale is None:
+            self._rescale(self.active, lambda entry: entry.method.options(entry.site)["scaling"])
+        else:
+            self._rescale(self.active, lambda entry: entry.options["scaling"] / scale)
 
-    def _scale(self, entry: Entry, scaling: Any) -> None:
-        if "scaling" not in entry.options:
-            raise UnsupportedError(f"adapter {entry.name!r} ({type(entry.method).__name__}) has no scaling to change")
-        entry.options["scaling"] = scaling
+    def _rescale(self, names: Iterable[str], scaling: Callable[[Entry], Any]) -> None:
+        entries = list(self._each(names))
+        scaled = [entry for entry in entries if "scaling" in entry.options]
+        if entries and not scaled:
+            raise UnsupportedError(
+                f"adapter {entries[0].name!r} ({type(entries[0].method).__name__}) has no scaling to change"
+            )
+        for entry in scaled:
+            entry.set("scaling", scaling(entry))
         self.state.touch()

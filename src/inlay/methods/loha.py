@@ -63,6 +63,7 @@ class LoHa(Method):
     config_class = LoHaConfig
     prefix = "hada_"
     mixed = True
+    shown = ("rank_dropout", "module_dropout")
     config: LoHaConfig
 
     @property

@@ -145,6 +145,7 @@ class LoRA(Method):
     prefix = "lora_"
     dropout_field = "lora_dropout"
     mixed = True
+    shown = ("use_dora", "use_rslora", "lora_bias")
     config: LoraConfig
 
     @classmethod
@@ -184,8 +185,10 @@ class LoRA(Method):
                 "B": site.slot("lora_embedding_B.*", "out r", Normal(1.0), r=r),
             }
         n = math.prod(site.experts) * r
+        # each group of outputs, and each expert, has a part of A's rank axis to itself
+        down = {"leaf": "down", "blocks": site.groups * (n // r)}
         slots = {
-            "A": site.slot("lora_A.*.weight", "r all_in *kernel", A, options={"leaf": "down"}, r=n),
+            "A": site.slot("lora_A.*.weight", "r all_in *kernel", A, options=down, r=n),
             "B": site.slot("lora_B.*.weight", "out r *ones", B, options={"leaf": "up"}, r=n // site.groups),
         }
         if self.config.lora_bias:

@@ -216,6 +216,10 @@ class OFT(Method):
             turn = turn * (torch.rand_like(turn[..., :1, :1]) >= self.config.module_dropout)
         return turn
 
+    def delta_weight(self, site: Site, p: P) -> Tensor:
+        turn = self.turn(p).expand(*p.entries.shape[:-2], p.r, -1, -1)
+        return torch.block_diag(*(turn + torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device)))
+
     def rewrite(self, site: Site, p: P, layer: Affine, base: Affine) -> Affine:
         return self.rotated(site, layer, self.turn(p).expand(*site.experts, p.r, -1, -1))
 
