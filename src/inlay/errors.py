@@ -12,7 +12,10 @@
     ├── AdapterNameError (ValueError)       an unsafe, duplicate or unknown adapter name
     │   └── UnknownAdapterError (KeyError)
     ├── UnsupportedError (ValueError)       mathematics or the layer forbids it; one sentence says why
-    │   └── NotAvailableError (NotImplementedError)   a part of PEFT that Inlay does not have yet
+    │   ├── NotAvailableError (NotImplementedError)   a part of PEFT that Inlay does not have yet
+    │   ├── ConversionError (TypeError)     an adapter that has no LoRA in its place
+    │   └── CombinationError (RuntimeError)           adapters that cannot be combined as asked
+    │       └── NoCombinationError (AttributeError)   ... because their method has no combination
     ├── MergeError (ValueError)             a merge that would lose or corrupt something
     ├── RoutingError (ValueError)           adapters chosen per sample that cannot be honoured
     ├── StateError (RuntimeError)           an operation that does not fit the model's present state
@@ -37,12 +40,15 @@ __all__ = [
     "CheckpointError",
     "CheckpointMismatchError",
     "CheckpointMissingError",
+    "CombinationError",
     "ConfigError",
     "ConfigTypeError",
+    "ConversionError",
     "InlayError",
     "InlayWarning",
     "MergeError",
     "MissingExtraError",
+    "NoCombinationError",
     "NoTargetError",
     "NotAvailableError",
     "RoutingError",
@@ -103,6 +109,18 @@ class UnsupportedError(InlayError, ValueError):
 
 class NotAvailableError(UnsupportedError, NotImplementedError):
     """A method or function of PEFT that this version of Inlay does not have."""
+
+
+class ConversionError(UnsupportedError, TypeError):
+    """An adapter whose update no LoRA can hold, on some layer or at all."""
+
+
+class CombinationError(UnsupportedError, RuntimeError):
+    """Adapters that cannot be combined in the way that was asked for; the model is as it was."""
+
+
+class NoCombinationError(CombinationError, AttributeError):
+    """Adapters of a method that has no way of being combined."""
 
 
 class MergeError(InlayError, ValueError):
