@@ -19,7 +19,7 @@ from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
 from inlay.core.slot import Slot
 
-__all__ = ["adapter_slots", "adapter_tensors", "base_target", "key_index"]
+__all__ = ["adapter_slots", "adapter_tensors", "base_target", "key_index", "slot_holder"]
 
 
 def adapter_slots(model: nn.Module, adapter: str = "default") -> dict[str, Target]:
@@ -80,7 +80,7 @@ def _add_tied(index: KeyIndex, tree: Tree, adapter: str) -> None:
             turned = entry.site.lookup != home.site.lookup
             other = {"A": "B", "B": "A"} if turned else {"A": "A", "B": "B"}
             for role, containers, leaf in entry.places:
-                source = index.holding(*_holder(home, adapter, containers, leaf))
+                source = index.holding(*slot_holder(home, adapter, containers, leaf))
                 if source is not None:
                     index.derived[keys[other[role]]] = (source, turned)
 
@@ -91,15 +91,19 @@ def _entry_slots(node: Node, layer: AdaptedLayer, entry: Entry) -> Iterator[Targ
     for role, containers, leaf in entry.places:
         slot = slots[role]
         mounted = containers[: len(containers) - len(slot.place[0])]  # what a mount puts above the slot's own names
-        holder, attribute = _holder(layer, entry.name, containers, leaf)
+        holder, attribute = slot_holder(layer, entry.name, containers, leaf)
         above = ".".join((node.path, *mounted)) if node.path else ".".join(mounted)
-        yield _target(
+        target = _target(
             slot, f"{MODEL_PREFIX}{above}", f"{node.memory}{'.' if node.memory else ''}", holder, attribute, entry.name,
             mounted, "slot", None if weight is None else weight.device,
         )  # fmt: skip
+        target.slot = slot
+        if role in entry.room:
+            target.room = torch.Size(entry.room[role])
+        yield target
 
 
-def _holder(home: nn.Module, adapter: str, containers: tuple[str, ...], leaf: str) -> tuple[nn.Module, str]:
+def slot_holder(home: nn.Module, adapter: str, containers: tuple[str, ...], leaf: str) -> tuple[nn.Module, str]:
     """Return the module that holds the tensor at a slot's place below ``home``, and the tensor's name there."""
     path, attribute = list(containers), adapter
     if leaf:
@@ -150,7 +154,7 @@ def _template(before: str, after: str) -> tuple[tuple[str, ...], tuple[str, ...]
 def _shared(tree: Tree, adapter: str) -> Iterator[Target]:
     """Tensors that all layers share."""
     for slot in tree.state.records[adapter].shared.values():
-        holder, attribute = _holder(tree.state.shared, adapter, *slot.place)
+        holder, attribute = slot_holder(tree.state.shared, adapter, *slot.place)
         memory = ROOT_PREFIX if tree.wrapped else ""
         yield _target(slot, ROOT_PREFIX, memory, holder, attribute, adapter, (), "shared", _first_device(tree, adapter))
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from inlay.checkpoint.tree import Tree
 from inlay.config import CONFIG_NAME, read_json_object, resolve_file
 from inlay.core.active import set_active
@@ -76,12 +79,24 @@ def taken_from(tree: Tree, names: Iterable[str]) -> Manifest:
                 planned = entry.method.options(entry.site)
                 changed = {
                     option: value
-                    for option, value in entry.options.items()
+                    for option, value in _plain(entry.options, planned).items()
                     if isinstance(value, (int, float, str)) and value != planned.get(option)
                 }
                 if changed:
                     manifest.options.setdefault(name, {}).setdefault(node.path, {}).update(changed)
     return manifest
+
+
+def _plain(options: dict[str, Any], planned: dict[str, Any]) -> dict[str, Any]:
+    """Return options with tensors as numbers, those that only rounding sets apart from what was planned as planned."""
+    plain = {option: value.item() if isinstance(value, Tensor) else value for option, value in options.items()}
+    for option, value in options.items():
+        expected = planned.get(option)
+        if not isinstance(value, Tensor) or not isinstance(expected, (int, float)):
+            continue
+        if torch.tensor(expected, dtype=value.dtype).item() == plain[option]:
+            plain[option] = expected
+    return plain
 
 
 def read_manifest(folder_or_repo: str | os.PathLike[str], **hub_keywords: Any) -> Manifest:
@@ -178,6 +193,6 @@ def restore(tree: Tree, manifest: Manifest) -> None:
                 writes.append((entry, option, value))
     set_active(tree.state, [name for name in manifest.active if name in tree.state.records])
     for entry, option, value in writes:
-        entry.options[option] = value
+        entry.set(option, value)
     tree.state.enabled = manifest.enabled
     tree.state.touch()

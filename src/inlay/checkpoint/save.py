@@ -87,7 +87,10 @@ def save_adapters(
 
 def saved_config(tree: Tree, name: str) -> Any:
     """Return a copy of an adapter's configuration as it is written: for inference, with what can be filled in."""
-    config = copy.deepcopy(tree.state.record(name).config)
+    record = tree.state.record(name)
+    config = copy.deepcopy(record.config)
+    for field, value in record.saved.items():
+        setattr(config, field, copy.deepcopy(value))
     config.inference_mode = True
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = tree.bare.__dict__.get("name_or_path") or None

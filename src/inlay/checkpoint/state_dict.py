@@ -19,7 +19,7 @@ from inlay.core.layer import AdaptedLayer
 from inlay.errors import CheckpointError, CheckpointMismatchError, InlayWarning, StateError, did_you_mean
 from inlay.parallel.tensors import gather, is_distributed, local_share, rewrap, scatter
 
-__all__ = ["get_peft_model_state_dict", "load_tensors", "set_peft_model_state_dict"]
+__all__ = ["get_peft_model_state_dict", "load_tensors", "set_peft_model_state_dict", "staged", "write_staged"]
 
 
 def get_peft_model_state_dict(
@@ -79,7 +79,7 @@ class _Given:
                     return names[candidate]
         held = target.tensor
         # What never trains may be absent: exports of trainable parameters leave it out.
-        if not held.requires_grad and not held.is_meta and held.shape == target.shape:
+        if not held.requires_grad and not held.is_meta and held.shape in (target.shape, target.room):
             return held
         raise CheckpointError(
             f"state_dict: expected {target.memory!r}, found no such name.{did_you_mean(target.memory, self.values)}"
@@ -155,9 +155,9 @@ def load_tensors(
         raise type(error)(f"{where}{error}") from None
     strict = tree.state.policy.strict_load if strict is None else strict
     _judge(tree, index, found, strict, ignore_mismatched_sizes, where, adapter)
-    staged = [(target, _staged(target, value)) for target, (_, value) in found.found.items()]
-    for target, value in staged:
-        _write(tree, target, value)
+    values = [(target, staged(target, value)) for target, (_, value) in found.found.items()]
+    for target, value in values:
+        write_staged(tree, target, value)
     tree.state.touch()
     absent = [*found.missing, *found.misshaped]
     return _IncompatibleKeys([target.memory for target in absent], list(found.unexpected))
@@ -196,10 +196,12 @@ def _judge(
         )
 
 
-def _staged(target: Target, value: Tensor) -> Tensor:
+def staged(target: Target, value: Tensor) -> Tensor:
     """Return a value ready to be written, so that writing itself cannot fail."""
     held = target.tensor
     value = gather(value)
+    if target.slot is not None and target.room is not None:
+        value = target.slot.resized(value, target.room)
     if not held.is_meta:
         return scatter(value, held)
     device = value.device if target.device is None or target.device.type == "meta" else target.device
@@ -210,7 +212,7 @@ def _staged(target: Target, value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _write(tree: Tree, target: Target, value: Tensor) -> None:
+def write_staged(tree: Tree, target: Target, value: Tensor) -> None:
     held = target.tensor
     if held.is_meta:
         table = target.table

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.checkpoint.tree import MODEL_PREFIX
+from inlay.core.slot import Slot
 from inlay.errors import CheckpointError
 from inlay.parallel.tensors import gather
 
@@ -29,6 +30,8 @@ class Target:
         aliases: other names that older files have for it.
         templates: names with the adapter's own inside, ``*`` standing for it, as (above, below) segments.
         device: where it belongs while it is on the meta device.
+        slot: what the tensor is a slot of.
+        room: its shape here where that has a larger rank than ``shape``, the rest being zeros.
     """
 
     key: str
@@ -41,6 +44,8 @@ class Target:
     aliases: tuple[str, ...] = ()
     templates: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
     device: torch.device | None = None
+    slot: Slot | None = None
+    room: torch.Size | None = None
 
     @property
     def table(self) -> dict[str, Any]:
@@ -62,6 +67,8 @@ class Target:
         full = gather(tensor)
         if full.is_meta:
             raise CheckpointError(f"{self.memory!r} is on the meta device: it has no values to save")
+        if self.slot is not None and full.shape == self.room:
+            full = self.slot.resized(full, self.shape)
         if full.shape != self.shape or (full.numel() == 0 and self.attribute in self.module._parameters):
             raise CheckpointError(
                 f"{self.memory!r}: expected the whole tensor of shape {tuple(self.shape)}, found shape "

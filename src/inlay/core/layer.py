@@ -141,7 +141,8 @@ class AdaptedLayer(LayerSurface):
         p = P(dropout)
         p.training = self.training
         for option, value in entry.options.items():
-            setattr(p, option, value)
+            if option not in entry.method.unread:
+                setattr(p, option, value)
         for role, containers, leaf in entry.places:
             tensor = find_tensor(home, entry.name, containers, leaf)
             setattr(p, role, gather(tensor) if whole else tensor)

@@ -60,6 +60,7 @@ class Method:
         mergeable: False where the update depends on the data.
         mixed: whether PEFT lets the method take part in a mixed model.
         ties: layers that share the weight of an adapted embedding are adapted with it, without being asked.
+        unread: options that the mathematics does not read; compiled code must not depend on their values.
         shown: config fields that can be read on a layer by adapter name (``layer.use_dora["default"]``).
     """
 
@@ -69,6 +70,7 @@ class Method:
     mergeable: ClassVar[bool] = True
     mixed: ClassVar[bool] = False
     ties: ClassVar[bool] = False
+    unread: ClassVar[tuple[str, ...]] = ()
     shown: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any) -> None:

@@ -36,6 +36,7 @@ class Record:
         frozen: created for inference: activating it does not make it trainable.
         shared: slots of the tensors that all its layers share, by role; they hang below ``State.shared``.
         biases: names of the base biases that train with it.
+        saved: values of config fields that are saved instead of those that ``config`` shows.
     """
 
     config: Any
@@ -44,6 +45,7 @@ class Record:
     frozen: bool = False
     shared: dict[str, Slot] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
+    saved: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

@@ -103,7 +103,7 @@ class Tied(Method):
         self.method = method
         self.source = source
         self.prefix_patterns = method.prefix_patterns
-        for name in ("config_class", "prefix", "dropout_field", "mergeable", "mixed"):
+        for name in ("config_class", "prefix", "dropout_field", "mergeable", "mixed", "unread"):
             setattr(self, name, getattr(method, name))
 
     @property

@@ -145,6 +145,7 @@ class LoRA(Method):
     prefix = "lora_"
     dropout_field = "lora_dropout"
     mixed = True
+    unread = ("r", "lora_alpha")  # the tensors have the rank, and the scale says the rest
     shown = ("use_dora", "use_rslora", "lora_bias")
     config: LoraConfig
 
