@@ -184,12 +184,13 @@ def _forget_answers() -> None:
 
 def _name_as_peft() -> None:
     """Let pickles of configurations and enums say where PEFT has them, so that either side reads them."""
-    for cls in [PeftType, TaskType, PeftConfig, *map(config_class, method_types())]:
+    named: list[type[Any]] = [PeftType, TaskType, PeftConfig, *map(config_class, method_types())]
+    for cls in named:
         home = next(
             (
                 module
                 for module, names in namespace.table().items()
-                if names.get(cls.__name__, ("",))[0] == module and names[cls.__name__][2] == "c"
+                if names.get(cls.__name__, ("-", "", ""))[0] == module and names[cls.__name__][2] == "c"
             ),
             None,
         )

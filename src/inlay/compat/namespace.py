@@ -2,8 +2,8 @@
 
 ``names.json`` records which names each module of PEFT 0.21.2 has and which of its modules defines each of them. What
 stands behind a name is looked up when it is asked for: first in the *providers* of the defining module, then in the
-method that the module's folder is about. Names of methods that are not built yet are placeholders, until the registry
-knows the method; this file needs no change then.
+method that the module's folder is about. Classes and functions of what is not built yet are placeholders, until a
+provider has them; this file needs no change then.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from importlib.resources import files
 from types import ModuleType
 from typing import Any
 
-from inlay.core.registry import BUILTIN_METHODS, method_class
-from inlay.errors import UnknownMethodError, did_you_mean
+from inlay.core.registry import BUILTIN_METHODS
+from inlay.errors import did_you_mean
 
 __all__ = ["ROOT", "Namespace", "enter", "home_of", "table", "value_of"]
 
@@ -121,7 +121,7 @@ def value_of(home: str, name: str, kind: str) -> Any:
                 return value
         elif name in vars(provider) or name in getattr(provider, "__all__", ()):
             return getattr(provider, name)
-    if not _is_built(home):
+    if not name.startswith("_"):
         from inlay.compat.unavailable import unavailable_class, unavailable_function
 
         if kind == "c":
@@ -129,18 +129,6 @@ def value_of(home: str, name: str, kind: str) -> Any:
         if kind == "f":
             return unavailable_function(home, name)
     raise AttributeError(f"peft.{home}.{name} has no counterpart in Inlay; docs/compatibility.md lists all names")
-
-
-def _is_built(home: str) -> bool:
-    """Whether a module of PEFT belongs to something that Inlay has."""
-    method = method_of(home)
-    if method is None or f"tuners.{method.lower()}" not in table():
-        return True
-    try:
-        method_class(method)
-    except UnknownMethodError:
-        return False
-    return True
 
 
 class Namespace(ModuleType):

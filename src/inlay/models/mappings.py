@@ -41,4 +41,4 @@ class _ByMethod(Mapping[Any, V]):
 
 PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[Any, type[Any]] = _ByMethod(config_class)
 PEFT_TYPE_TO_TUNER_MAPPING: Mapping[Any, type[AdapterModel]] = _ByMethod(tuner_class)
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {task: wrapper_class(task) for task in TaskType}
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {task.value: wrapper_class(task) for task in TaskType}
