@@ -36,18 +36,16 @@ def test_every_public_name_of_the_root_is_there():
 
 def test_names_lead_to_one_object():
     """A name that peft imports into many modules is one object everywhere."""
+    import inlay
     from inlay.compat.peft.tuners import LoraConfig, lora
     from inlay.compat.peft.tuners.lora import config
-
-    import inlay
 
     assert LoraConfig is lora.LoraConfig is config.LoraConfig is inlay.LoraConfig
 
 
 def test_what_both_have_is_one_class():
-    import inlay.compat.peft as own
-
     import inlay
+    import inlay.compat.peft as own
 
     both = [name for name in inlay.__all__ if name in peft.__all__ and isinstance(getattr(inlay, name), type)]
     assert len(both) > 20
@@ -77,8 +75,9 @@ def _values_equal(own: object, theirs: object) -> bool:
 
 
 def test_prefixes_are_equal():
-    from inlay.compat.peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING as own
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING as theirs
+
+    from inlay.compat.peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING as own
 
     assert {key.value: own[key] for key in own} == {key.value: value for key, value in theirs.items()}
 
