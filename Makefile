@@ -4,16 +4,24 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 # Tests run one process per core, each with one thread; tiny shapes gain nothing from more.
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PYTEST := $(ENVIRONMENT) $(BIN)/python -m pytest
 JOBS ?= 2
 
-.PHONY: setup demo test test-all test-versions lint bench clean
+.PHONY: setup demo test test-all test-integrations test-versions lint bench clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --upgrade pip
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)-integrations/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-integrations
+	$(VENV)-integrations/bin/python -m pip install -q --upgrade pip
+	$(VENV)-integrations/bin/python -m pip install -q -c constraints.txt torch
+	$(VENV)-integrations/bin/python -m pip install -q -c constraints.txt -e '.[integrations]'
 	touch $@
 
 setup: $(VENV)/.ready
@@ -29,6 +37,10 @@ test: setup
 # Every law on every cell.
 test-all: setup
 	INLAY_ALL_CELLS=1 $(PYTEST) -n $(JOBS) --dist loadfile
+
+# transformers, TRL, diffusers, sentence-transformers and accelerate on Inlay, where peft is not installed.
+test-integrations: $(VENV)-integrations/.ready
+	$(ENVIRONMENT) $(VENV)-integrations/bin/python -m pytest tests/integrations -n $(JOBS) --dist loadfile
 
 # The oldest and newest supported transformers, and the oldest torch, each in an environment of its own.
 test-versions: setup

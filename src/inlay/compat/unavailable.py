@@ -41,6 +41,7 @@ def unavailable_function(home: str, name: str) -> Any:
     def function(*args: Any, **kwargs: Any) -> Any:
         raise NotAvailableError(_sentence(home, name))
 
+    function.__unavailable__ = True  # type: ignore[attr-defined]
     function.__name__ = function.__qualname__ = name
     function.__module__ = f"inlay.compat.peft.{home}"
     return function
