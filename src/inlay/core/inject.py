@@ -26,7 +26,7 @@ from inlay.core.targets import base_parameters
 from inlay.errors import StateError
 from inlay.parallel.hooks import lift, lower
 
-__all__ = ["inject"]
+__all__ = ["inject", "mount", "prepare"]
 
 # One step back, should a later step of an injection fail.
 Undo = Callable[[], object]
@@ -78,7 +78,7 @@ def inject(
             state.replication = plan.replication
         for placement, tensors in built:
             layer = _adapted(placement, state, undo)
-            _mount(layer, plan, placement, tensors, undo)
+            layer.receive(plan.adapter, placement.method, partial(mount, layer, plan, placement, tensors, undo))
         for place, _ in plan.copies:
             _copy_module(place, plan.adapter, state, undo)
         _tie_copies(plan)
@@ -89,7 +89,7 @@ def inject(
         state.records[plan.adapter] = Record(plan.config, plan.method, seed, shared=dict(plan.shared), biases=biased)
         undo.append(lambda: state.records.pop(plan.adapter, None))
         if initialise and not low_memory:
-            _prepare(plan, state, undo)
+            prepare(plan, state, undo)
         for name, p in biases.items():
             undo.append(partial(p.requires_grad_, p.requires_grad))
             if above + name not in state.base_values:
@@ -149,7 +149,7 @@ def _adapted(placement: Placement, state: State, undo: list[Undo]) -> AdaptedLay
     return layer
 
 
-def _mount(
+def mount(
     layer: AdaptedLayer,
     plan: Plan,
     placement: Placement,
@@ -222,7 +222,7 @@ def _tie_copies(plan: Plan) -> None:
 
 
 @torch.no_grad()
-def _prepare(plan: Plan, state: State, undo: list[Undo]) -> None:
+def prepare(plan: Plan, state: State, undo: list[Undo]) -> None:
     """Let methods set initial values that depend on the base weight."""
     for placement in plan.placements:
         if not placement.method.needs_base or placement.device.type == "meta" or placement.source is not None:

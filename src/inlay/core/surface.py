@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from inlay.core.affine import Site
     from inlay.core.entry import Entry
     from inlay.core.kind import Kind
-    from inlay.core.method import P
+    from inlay.core.method import Method, P
 
 __all__ = ["LayerSurface", "attribute_sources"]
 
@@ -217,6 +217,10 @@ class LayerSurface(Follower):
     def enable_adapters(self, enabled: bool) -> None:
         """Switch every adapter of this layer on or off; it no longer follows the model's switch."""
         self.override(enabled=enabled)
+
+    def receive(self, adapter_name: str, method: Method, mount: Callable[[], None]) -> None:
+        """Take in a new adapter, whose tensors ``mount`` hangs below this layer; a subclass may do more."""
+        mount()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop what an adapter has on this layer; elsewhere it stays.

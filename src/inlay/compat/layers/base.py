@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class BaseTunerLayer(metaclass=LayerView):
     merged_adapters: Any = _Own(list)
     _disable_adapters: Any = False
     _active_adapter: Any = "default"
-    cast_input_dtype_enabled: ClassVar[bool] = True
+    cast_input_dtype_enabled: bool = True
 
     # -- the base layer -----------------------------------------------------------------------------------------------
 
@@ -281,10 +281,14 @@ class BaseTunerLayer(metaclass=LayerView):
             if any(parameter.is_meta for parameter in held.parameters()):
                 continue  # a load is still to fill it
             value: Any = held[adapter_name]
-            if isinstance(value, nn.Module) or value.is_floating_point() or value.is_complex():
-                held[adapter_name] = value.to(device, dtype=dtype) if dtype is not None else value.to(device)
+            if isinstance(value, nn.Module):
+                value.to(device, dtype=dtype)
+                continue
+            wanted = dtype if value.is_floating_point() else None
+            if isinstance(value, nn.Parameter):  # stays the same object, which an optimiser may hold
+                value.data = value.data.to(device, dtype=wanted)
             else:
-                held[adapter_name] = value.to(device)
+                held[adapter_name] = value.to(device, dtype=wanted)
 
     # -- merging ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,211 @@
+"""Layers that PEFT's users construct themselves: the engine's layer, made from PEFT's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.compat.layers.base import LayerView
+from inlay.compat.layers.making import bound, method_for, own_config
+from inlay.compat.layers.table import Recorded
+from inlay.core.affine import Affine
+from inlay.core.build import build, build_shared
+from inlay.core.entry import Entry
+from inlay.core.hanging import dismount, hang
+from inlay.core.inject import mount, prepare
+from inlay.core.kind import Kind, kind_of
+from inlay.core.layer import AdaptedLayer
+from inlay.core.method import Method
+from inlay.core.plan import Plan, place_method
+from inlay.core.policy import PEFT
+from inlay.core.shared import register_shared
+from inlay.core.state import Record, State, check_adapter_name
+from inlay.core.targets import Place
+from inlay.errors import MergeError, TargetError
+
+__all__ = ["ConstructedLayer", "adopt", "attach"]
+
+
+def attach(layer: AdaptedLayer, adapter: str, method: Method, shared: dict[str, Tensor] | None = None) -> None:
+    """Give one adapted layer an adapter; what it had under that name is replaced.
+
+    Args:
+        layer: in a model or by itself.
+        adapter: its name.
+        method: what it does, with the config for this layer.
+        shared: tensors that all layers of the adapter share, by role; made where they are needed and not given.
+
+    Raises:
+        UnsupportedError: the method refuses the layer; it is then as before.
+        MergeError: an adapter of that name is merged into it.
+    """
+    state = layer.state
+    check_adapter_name(adapter)
+    if adapter in layer._merged:
+        raise MergeError(f"{layer.site.name!r}: adapter {adapter!r} is merged; unmerge it before replacing it")
+    method.prefix_patterns = state.policy.prefix_patterns
+    holder = nn.Module()
+    holder._modules["layer"] = layer
+    made = Plan(holder, adapter, method.config, method, state.policy, state, autocast=False)
+    place = Place(layer.site.owner, layer, [(holder, "layer")], [])
+    placement = place_method(made, place, "update_layer", method, layer.kind, layer.site)
+    made.placements.append(placement)
+    made.shared = method.shared_slots([layer.site])
+    seed = torch.initial_seed()
+    tensors = build(made, placement, False, True, seed)
+    first = not state.records
+    if adapter in layer.entries:
+        dismount(layer, adapter)
+    if made.shared and not state.records.get(adapter, Record(None, method, 0)).shared:
+        common = shared or build_shared(made, False, seed)
+        for role, slot in made.shared.items():
+            hang(state.shared, adapter, slot, common[role], nn.Module)
+        register_shared(layer, state)
+    mount(layer, made, placement, tensors, [])
+    prepare(made, state, [])
+    state.records.setdefault(adapter, Record(method.config, method, seed, shared=dict(made.shared)))
+    if first:
+        state.active = (adapter,)
+    state.touch()
+
+
+def adopt(layer: AdaptedLayer, state: State, path: str) -> None:
+    """Make a layer that was constructed by itself, with all that it has, a part of a model's state.
+
+    Args:
+        state: the model's state.
+        path: where in the model the layer stands.
+    """
+    own = layer.state
+    if own is state:
+        return
+    own.leave(layer)
+    merged, kept = layer._merged, layer._kept
+    layer.join(state)
+    layer.__dict__["_merged"], layer.__dict__["_kept"] = merged, kept
+    layer.__dict__["site"] = replace(layer.site, name=path)
+    for name, entries in layer.entries.items():
+        for entry in entries:
+            entry.site = replace(entry.site, name=path)
+        state.records.setdefault(name, own.records[name])
+    for name, container in own.shared._modules.items():
+        state.shared._modules.setdefault(name, container)
+    state.touch()
+
+
+class ConstructedLayer(AdaptedLayer, metaclass=LayerView):
+    """Base of PEFT's layer classes that are modules (``lora.Linear``, ``ia3.Conv2d``, ...).
+
+    A user's subclass may override ``forward``, ``merge``, ``unmerge``, ``update_layer`` and ``get_delta_weight``; the
+    model that it becomes part of calls them.
+    """
+
+    _recorded: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        entry: Recorded = self._recorded
+        given = bound(entry.init_signature, args, kwargs)
+        base = given.pop("base_layer")
+        self._completed(given)
+        method_for(entry.peft_type, entry.name, given["config"])
+        kind = self._kind_of(base, given)
+        super().__init__(base, kind, kind.site(given.get("parameter_name", ""), base), State(policy=PEFT))
+        self.kwargs = {name: value for name, value in kwargs.items() if name not in entry.init_signature.parameters}
+        wanted = entry.update_signature.parameters
+        self.__dict__["_given"] = given
+        try:
+            self.update_layer(
+                *([base] if "layer" in wanted else ()),
+                given["adapter_name"],
+                **{name: value for name, value in given.items() if name in wanted and name != "adapter_name"},
+            )
+        finally:
+            del self.__dict__["_given"]
+
+    @classmethod
+    def _kind_of(cls, base: nn.Module, given: dict[str, Any]) -> Kind:
+        """Return the kind of a base layer that this class stands on.
+
+        Raises:
+            TargetError: it is none of this class's.
+        """
+        kind = kind_of(base)
+        allowed = cls._recorded.kinds
+        if kind is None or not {kind.name, ""} & set(allowed):
+            raise TargetError(
+                f"{cls.__name__}: base_layer expected to be a layer of the kind {' or '.join(allowed)}, found "
+                f"{type(base).__name__}"
+            )
+        return kind
+
+    @classmethod
+    def _completed(cls, given: dict[str, Any]) -> None:
+        """Turn arguments of a form of their own into the usual ones, in place."""
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Give this layer a further adapter; those that are active stay so. PEFT's classes differ in the arguments.
+
+        Raises:
+            ConfigError: a number is not allowed.
+            UnsupportedError: the method refuses the layer.
+        """
+        pending: Callable[[], None] | None = self.__dict__.pop("_pending", None)
+        if pending is not None:  # a model puts the adapter in, and has made its tensors already
+            pending()
+            return
+        entry: Recorded = self._recorded
+        given = self.__dict__.get("_given", {}) | bound(entry.update_signature, args, kwargs)
+        self._completed(given)
+        adapter_name = given["adapter_name"]
+        if "is_feedforward" not in given and self.entries and "on_input" in next(self._each()).options:
+            given["is_feedforward"] = next(self._each()).options["on_input"]
+        config = own_config(given["config"], given)
+        method = method_for(entry.peft_type, entry.name, config)(config)
+        attach(self, adapter_name, method, self._shared_of(method, adapter_name, given))
+        self.set_adapter(list(self.active), inference_mode=config.inference_mode)
+
+    def _shared_of(self, method: Method, adapter: str, given: dict[str, Any]) -> dict[str, Tensor] | None:
+        """Return the shared tensors among the arguments, which hold them by adapter name."""
+        found = {}
+        for role, slot in method.shared_slots([self.site]).items():
+            holder = given.get(slot.place[0][0])
+            if holder is not None and len(holder):
+                found[role] = holder[adapter] if adapter in holder else next(iter(holder.values()))
+        return found or None
+
+    def receive(self, adapter_name: str, method: Method, mount: Callable[[], None]) -> None:
+        if not _overrides(self, "update_layer"):
+            mount()
+            return
+        self.__dict__["_pending"] = mount
+        wanted = self._recorded.update_signature.parameters
+        numbers = {name: value for name, value in method.options(self.site).items() if name in wanted}
+        try:
+            self.update_layer(adapter_name, **numbers, config=method.config)
+        finally:
+            self.__dict__.pop("_pending", None)
+
+    @property
+    def merges_itself(self) -> bool:
+        return _overrides(self, "merge") or _overrides(self, "unmerge")
+
+    def fold(self, chain: tuple[Entry, ...], dtype: torch.dtype | None = None, whole: bool = False) -> Affine:
+        if not _overrides(self, "get_delta_weight"):
+            return super().fold(chain, dtype, whole)
+        layer = self.present_affine(whole)
+        layer = layer if dtype is None else layer.to(dtype)
+        for entry in chain:
+            update = self.kind.to_matrix(self.site, self.get_delta_weight(entry.name)).to(layer.weight.dtype)
+            bias = entry.method.rewrite(entry.site, self.params(entry), layer, layer).bias
+            layer = Affine(layer.weight + update, bias)
+        return layer
+
+
+def _overrides(layer: ConstructedLayer, name: str) -> bool:
+    """Whether a user's subclass has a method of its own in the place of the engine's."""
+    found = next(cls for cls in type(layer).__mro__ if name in cls.__dict__)
+    return "_view" not in found.__dict__ and not found.__module__.startswith("inlay.")

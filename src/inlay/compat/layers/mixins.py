@@ -1,0 +1,130 @@
+"""The mixin that users inherit from when they write a layer of a known method: its dicts, and tensors to fill them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from inlay.compat.layers.base import BaseTunerLayer
+from inlay.compat.layers.making import bound, kind_and_site, method_for, own_config
+from inlay.compat.layers.table import Recorded
+from inlay.core.dtype import merge_dtype
+from inlay.core.entry import find_tensor
+from inlay.core.hanging import hang
+from inlay.core.kind import Holder
+from inlay.core.method import P
+from inlay.core.slot import Slot
+from inlay.kinds.linear import Linear
+
+__all__ = ["MODULE_DICTS", "TensorLayer", "holder_of"]
+
+# names of PEFT's that hold modules by adapter name; the others hold parameters
+MODULE_DICTS = {"lora_A", "lora_B", "lora_magnitude_vector", "oft_R", "oft_embedding_R", "ln_tuning_layers"} | {
+    f"{method}_dropout" for method in ("lora", "vera", "oft")
+}
+
+
+def holder_of(name: str, weight: bool) -> Any:
+    """Return an empty container of the kind that PEFT has under a name."""
+    if name in MODULE_DICTS:
+        return nn.ModuleDict()
+    return nn.ParameterDict() if weight else {}
+
+
+class TensorLayer(BaseTunerLayer):
+    """Base of the mixins of all methods (``LoraLayer``, ``IA3Layer``, ...). Subclasses say which in ``_recorded``."""
+
+    _recorded: Any = None
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        entry: Recorded = self._recorded
+        mixin = next(one for one in entry.above if one.weights)
+        given = bound(mixin.init_signature, (base_layer, *args), kwargs)
+        if isinstance(self, nn.Module) and "_modules" not in self.__dict__:
+            nn.Module.__init__(self)
+        for name in mixin.init_signature.parameters:
+            if name in given:
+                setattr(self, name, given[name])
+        self.kwargs = kwargs
+        for name in entry.weights:
+            setattr(self, name, holder_of(name, True))
+        for name in entry.others:
+            setattr(self, name, holder_of(name, False))
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.cast_input_dtype_enabled = True
+        self._take_widths(base_layer)
+
+    def _take_widths(self, base: Any) -> None:
+        """Set ``in_features`` and ``out_features`` from what the base layer says of itself."""
+        base = self.get_base_layer()
+        for pair in _WIDTHS:
+            if all(hasattr(base, name) for name in pair):
+                self.in_features, self.out_features = (getattr(base, name) for name in pair)
+                return
+        if isinstance(base, nn.MultiheadAttention):
+            self.in_features, self.out_features = base.embed_dim, 3 * base.embed_dim
+        elif type(base).__name__ == "Conv1D":
+            self.in_features, self.out_features = base.weight.shape
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Give this layer an adapter's tensors and numbers, as the method's slots say.
+
+        Raises:
+            ConfigError: a number is not allowed.
+            UnsupportedError: the method refuses the base layer.
+        """
+        entry: Recorded = self._recorded
+        given = bound(entry.update_signature, (adapter_name, *args), kwargs)
+        config = own_config(given["config"], given)
+        method = method_for(entry.peft_type, entry.name, config)(config)
+        base = self.get_base_layer()
+        kind, site = kind_and_site(self, base)
+        slots = method.slots(site)
+        p = P()
+        for name, value in method.options(site).items():
+            setattr(p, name, value)
+        for role, slot in slots.items():
+            hang(self, adapter_name, slot, _filled(slot), partial(_leaf, kind, site, slot))  # type: ignore[arg-type]
+            setattr(p, role, find_tensor(self, adapter_name, *slot.place))  # type: ignore[arg-type]
+        if method.needs_base and kind is not None:
+            present = kind.read(base, site)
+            with torch.no_grad():
+                method.prepare(site, p, present.to(merge_dtype(present.weight.dtype)))
+        self._note(adapter_name, method.options(site), config, method.dropout_field)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _note(self, adapter: str, options: dict[str, Any], config: Any, dropout: str | None) -> None:
+        """Write an adapter's numbers into the dicts that hold them."""
+        for name in self._recorded.others:
+            if name in options:
+                getattr(self, name)[adapter] = options[name]
+            elif name == dropout:
+                p = float(getattr(config, name))
+                getattr(self, name)[adapter] = nn.Dropout(p) if p > 0.0 else nn.Identity()
+            elif hasattr(config, name):
+                getattr(self, name)[adapter] = getattr(config, name)
+
+
+_WIDTHS = (
+    ("in_features", "out_features"),
+    ("in_channels", "out_channels"),
+    ("num_embeddings", "embedding_dim"),
+    ("infeatures", "outfeatures"),
+    ("input_size", "output_size"),
+)
+
+
+def _filled(slot: Slot) -> torch.Tensor:
+    tensor = torch.empty(slot.shape, dtype=slot.dtype or torch.float32)
+    with torch.no_grad():
+        slot.init(tensor, torch.default_generator)
+    return tensor
+
+
+def _leaf(kind: Any, site: Any, slot: Slot) -> nn.Module:
+    return (kind or Linear()).leaf(site, slot) if slot.leaf else Holder()

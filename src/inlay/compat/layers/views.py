@@ -1,0 +1,112 @@
+"""PEFT's layer classes, made from what is recorded of them; ``provide`` is where the namespace finds them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from inlay.compat.layers.base import BaseTunerLayer, LayerView
+from inlay.compat.layers.constructed import ConstructedLayer
+from inlay.compat.layers.mixins import TensorLayer, holder_of
+from inlay.compat.layers.table import Recorded, recorded, same_family, view_of
+from inlay.core.layer import AdaptedLayer
+from inlay.core.parameter import ParameterLayer
+from inlay.core.surface import attribute_sources
+from inlay.kinds.attention import AttentionLayer
+
+__all__ = ["provide"]
+
+# the engine's class below a constructed layer, by the name of its kind
+_ENGINE: dict[str, type[AdaptedLayer]] = {"attention": AttentionLayer, "stacked": ParameterLayer}
+
+
+def provide(home: str, name: str) -> type[Any] | None:
+    """Return what stands for a class that PEFT's module ``home`` defines, or None where it is no layer class."""
+    full = f"{home}.{name}"
+    if full == "tuners.tuners_utils.BaseTunerLayer":
+        return BaseTunerLayer
+    return _made(full) if full in recorded() else None
+
+
+@lru_cache(maxsize=256)
+def _made(full: str) -> type[Any]:
+    entry = recorded()[full]
+    above = [BaseTunerLayer if base not in recorded() else _made(base) for base in entry.bases]
+    bases: list[type[Any]] = []
+    members = _members(full)
+    if members is not None:
+        bases.append(members)
+    if entry.is_module and (entry.kinds or not entry.home.endswith(".layer")):
+        if not any(issubclass(base, ConstructedLayer) for base in above):
+            engine = [_ENGINE[kind] for kind in entry.kinds if kind in _ENGINE]
+            bases += [ConstructedLayer, *engine]
+    elif entry.is_module and not any(issubclass(base, nn.Module) for base in above):
+        bases += [TensorLayer, nn.Module]
+    elif not any(issubclass(base, TensorLayer) for base in above):
+        bases.append(TensorLayer)
+    bases += above
+    bases = [one for one in bases if not any(other is not one and issubclass(other, one) for other in bases)]
+    namespace: dict[str, Any] = {
+        "__module__": f"inlay.compat.peft.{entry.home}",
+        "__qualname__": entry.name,
+        "__doc__": f"``peft.{full}``: instances are the engine's layers that have its method, on its kind of layer.",
+        "_recorded": entry,
+        "_view": True,
+        "_claims": staticmethod(_Claims(entry)),
+    }
+    if not entry.is_module:
+        namespace |= {"adapter_layer_names": entry.weights, "other_param_names": entry.others}
+    made: type[Any] = LayerView(entry.name, tuple(bases), namespace)
+    return made
+
+
+class _Claims:
+    """Whether one of the engine's layers is an instance of a class of PEFT."""
+
+    def __init__(self, entry: Recorded) -> None:
+        self.family = same_family(f"{entry.home}.{entry.name}")
+        self.kinds = entry.kinds
+        self.open = not entry.is_module or (not entry.kinds and entry.home.endswith(".layer"))
+        self.nested = False
+
+    def __call__(self, layer: AdaptedLayer) -> bool:
+        if not self.open and not {layer.kind.name, ""} & set(self.kinds):
+            return False
+        return any(kind_of_entry(entry) in self.family for entry in layer._each())
+
+
+def kind_of_entry(entry: Any) -> str | None:
+    """Return the method of an entry as PEFT's classes know it; token rows beside another method are none of theirs."""
+    if any(path[0] == "token_adapter" for _, path, _ in entry.places):
+        return None
+    peft_type = entry.method.config.peft_type
+    return str(getattr(peft_type, "value", peft_type))
+
+
+def _members(full: str) -> type[Any] | None:
+    """Return what a class has beside what its record says."""
+    module = "lora" if full.startswith("tuners.lora.") else "others"
+    found: type[Any] | None = getattr(import_module(f"inlay.compat.layers.{module}"), "MEMBERS", {}).get(full)
+    return found
+
+
+def _source(layer: AdaptedLayer, name: str) -> Any:
+    """Return what PEFT's class for a layer has under a name: a method, a property, or an empty dict of weights."""
+    for peft_type in dict.fromkeys(map(kind_of_entry, layer._each())):
+        full = None if peft_type is None else view_of(peft_type, layer.kind.name)
+        if full is None:
+            continue
+        for cls in _made(full).__mro__:
+            if name in cls.__dict__ and not issubclass(cls, nn.Module) and cls is not object:
+                found = cls.__dict__[name]
+                return found.__get__(layer, type(layer)) if hasattr(found, "__get__") else found
+        entry = recorded()[full]
+        if name in entry.weights or name in entry.others:
+            return holder_of(name, name in entry.weights)
+    return NotImplemented
+
+
+attribute_sources.append(_source)
