@@ -514,3 +514,15 @@ def test_methods_that_have_no_layers_are_refused():
         with pytest.raises(TypeError):
             enter(None, base)
     assert_same_structure(base, before)
+
+
+def test_gradient_checkpointing_by_either_name():
+    """transformers 5 renamed the method and its keyword; callers of the old name pass the old one."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16, n_positions=8, bos_token_id=0, eos_token_id=1)
+    model = get_peft_model(GPT2LMHeadModel(config), LoraConfig(target_modules=["c_attn"]))
+    for keywords in ({}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}):
+        model.gradient_checkpointing_enable(**keywords)
+        assert model.get_base_model().is_gradient_checkpointing
+        model.get_base_model().gradient_checkpointing_disable()

@@ -286,6 +286,8 @@ class Wrapper(nn.Module):
         """Switch gradient checkpointing on in the bare model, reentrant or not."""
         model: Any = self.get_base_model()
         if hasattr(model, "activation_checkpointing_enable"):
+            if "gradient_checkpointing_kwargs" in kwargs:
+                kwargs["activation_checkpointing_kwargs"] = kwargs.pop("gradient_checkpointing_kwargs")
             self.activation_checkpointing_enable(*args, **kwargs)
             return
         model.gradient_checkpointing_enable(*args, **kwargs)
