@@ -79,9 +79,8 @@ def prune(tensor: Tensor, density: float, method: Literal["magnitude", "random"]
         return magnitude_based_pruning(tensor, density)
     if method == "random":
         return random_pruning(tensor, density, rescale)
-    raise ConfigError(
-        f"method: expected 'magnitude' or 'random', found {method!r}.{did_you_mean(str(method), ('magnitude', 'random'))}"
-    )
+    hint = did_you_mean(str(method), ("magnitude", "random"))
+    raise ConfigError(f"method: expected 'magnitude' or 'random', found {method!r}.{hint}")
 
 
 # -- putting together -------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ class Policy:
         peft_layers: layers that PEFT treats in a way of its own behave as there (the doubled update of an attention's
             output projection, dropout that is ignored in weight space, one full copy of a module at a time).
         prefix_patterns: a pattern key may be a whole dotted prefix of a path.
+        lenient_combining: combining adapters into a name that exists changes nothing, and one adapter alone is only
+            scaled, whatever rank is asked for.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Policy:
     own_seed: bool
     peft_layers: bool
     prefix_patterns: bool
+    lenient_combining: bool
 
 
 INLAY = Policy(
@@ -51,6 +54,7 @@ INLAY = Policy(
     own_seed=True,
     peft_layers=False,
     prefix_patterns=True,
+    lenient_combining=False,
 )
 PEFT = Policy(
     name="peft",
@@ -64,6 +68,7 @@ PEFT = Policy(
     own_seed=False,
     peft_layers=True,
     prefix_patterns=False,
+    lenient_combining=True,
 )
 
 _default = INLAY

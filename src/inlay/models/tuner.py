@@ -18,7 +18,7 @@ from inlay.core.registry import method_class, method_types
 from inlay.core.shared import register_shared
 from inlay.core.state import State, find_state
 from inlay.models import operate
-from inlay.models.root import Configs
+from inlay.models.root import Configs, mark
 
 __all__ = ["AdapterModel", "tuner_class", "tuner_name"]
 
@@ -101,6 +101,7 @@ class AdapterModel(nn.Module):
         low_memory: bool = False,
         initialise: bool = True,
         state_dict: dict[str, Tensor] | None = None,
+        held: dict[str, Tensor] | None = None,
         then: Callable[[State], object] | None = None,
     ) -> None:
         """Put an adapter in; see :func:`inlay.models.operate.add`."""
@@ -113,12 +114,33 @@ class AdapterModel(nn.Module):
             low_memory=low_memory,
             initialise=initialise,
             state_dict=state_dict,
+            held=held,
             then=then,
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; see :meth:`inlay.PeftModel.delete_adapter`."""
         operate.remove(self.model, self.state, adapter_name)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Combine LoRA or (IA)^3 adapters into a new, inactive one; see :func:`inlay.combine.add_weighted`."""
+        from inlay.combine import add_weighted
+
+        options = (svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
+        if add_weighted(self.model, self.state, adapters, weights, adapter_name, combination_type, *options):
+            mark(self.model, self.state)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter or several; see :meth:`inlay.PeftModel.set_adapter`."""

@@ -1,0 +1,252 @@
+"""Combining LoRA adapters layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.combine.configs import derived, united, united_targets, united_tokens
+from inlay.combine.placing import carry, check_tied, entries, layers_of, plan_exactly, put
+from inlay.combine.rules import Rule
+from inlay.combine.svd import Factors, clamped, factorise, factorise_product, resized
+from inlay.core.affine import LowRank, Site
+from inlay.core.entry import Entry
+from inlay.core.layer import AdaptedLayer
+from inlay.core.plan import Plan
+from inlay.core.state import State
+from inlay.errors import CombinationError
+
+__all__ = ["Part", "Request", "add_lora", "write_factors"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be combined, and how.
+
+    Attributes:
+        adapters, weights: the adapters, each with its weight.
+        name: the new adapter's name.
+        rule: see ``combine.rules``.
+        rank: of the result, for rules on whole matrices; by default the largest of the adapters.
+        clamp: quantile that bounds the factors after the decomposition.
+        driver: cuSOLVER's method of decomposition.
+    """
+
+    adapters: Sequence[str]
+    weights: Sequence[float]
+    name: str
+    rule: Rule
+    rank: int | None = None
+    clamp: float | None = None
+    driver: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter's update of one layer, ``scale * B @ A``.
+
+    Attributes:
+        weight: its weight in the combination.
+        scale: its scale as it is set on the layer.
+        B: (out, r / groups).
+        A: (r, fan_in).
+        bias: (out,), scaled, or None.
+        magnitude: (out,), what DoRA's magnitude adds to the norm of the base's row, or None.
+    """
+
+    weight: float
+    scale: float
+    B: Tensor
+    A: Tensor
+    bias: Tensor | None
+    magnitude: Tensor | None
+
+
+def add_lora(model: nn.Module, state: State, request: Request) -> None:
+    """Combine LoRA adapters into a new one; see :func:`inlay.combine.add_weighted`."""
+    configs = [state.record(name).config for name in request.adapters]
+    ranks = [max([config.r, *(config.rank_pattern or {}).values()]) for config in configs]
+    if request.rule.space == "factors":
+        _check_ranks(model, request, ranks)
+    rank = {"factors": max(ranks), "cat": sum(ranks), "matrix": request.rank or max(ranks)}[request.rule.space]
+    made = _plan(model, state, request, configs, rank)
+
+    def fill(state: State) -> None:
+        check_tied(model, request.name, request.adapters)
+        for layer in layers_of(model):
+            for entry in entries(layer, request.name, "LORA"):
+                if entry.home is None:
+                    _fill_layer(layer, entry, request)
+        carry(model, state, request.name, request.adapters, request.weights)
+
+    put(made, fill)
+
+
+def _check_ranks(model: nn.Module, request: Request, ranks: list[int]) -> None:
+    """Factors are combined entry by entry, so on every layer they need one shape."""
+    if len(set(ranks)) > 1:
+        shown = ", ".join(f"{name!r} has {r}" for name, r in zip(request.adapters, ranks, strict=True))
+        raise CombinationError(
+            f"combination_type={request.rule.name!r} combines factors, which need the same rank, and {shown}; "
+            "'cat' and the types that end in 'svd' take any ranks"
+        )
+    for layer in layers_of(model):
+        found = {e.name: e.options["r"] for name in request.adapters for e in entries(layer, name, "LORA")}
+        if len(set(found.values())) > 1:
+            raise CombinationError(
+                f"combination_type={request.rule.name!r} combines factors, which need the same rank, and at "
+                f"{layer.site.name!r} the ranks are {found} (rank_pattern); 'cat' and the types that end in 'svd' "
+                "take any ranks"
+            )
+
+
+def _plan(model: nn.Module, state: State, request: Request, configs: list[Any], rank: int) -> Plan:
+    """Plan the new adapter: the first one's configuration, with a scale of 1 everywhere."""
+    for name, config in zip(request.adapters, configs, strict=True):
+        if config.target_parameters:
+            raise CombinationError(
+                f"adapter {name!r} adapts bare parameters (target_parameters={sorted(config.target_parameters)}), "
+                "which cannot be combined"
+            )
+    first = configs[0]
+    dora, bias = (any(getattr(config, field) for config in configs) for field in ("use_dora", "lora_bias"))
+    if dora and bias:
+        raise CombinationError(
+            "some of the adapters use DoRA and others lora_bias, and no LoRA configuration has place for both"
+        )
+    start = first.init_lora_weights
+    config = derived(
+        first,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=united_targets(configs, "target_modules"),
+        rank_pattern={},
+        alpha_pattern={},
+        use_rslora=False,
+        use_dora=dora,
+        lora_bias=bias,
+        modules_to_save=united(configs, "modules_to_save"),
+        trainable_token_indices=united_tokens(configs),
+        init_lora_weights=start if start in (True, False, "gaussian") else True,
+    )
+    held = [
+        (layer, entry)
+        for layer in layers_of(model)
+        for name in request.adapters
+        for entry in entries(layer, name, "LORA")
+    ]
+    # adapters of a half-precision model are held in float32, unless these are not
+    wide = any(layer.params(entry).A.dtype.itemsize >= 4 for layer, entry in held if entry.home is None)
+    return plan_exactly(model, config, request.name, {entry.site.name for _, entry in held}, autocast=wide)
+
+
+# -- one layer --------------------------------------------------------------------------------------------------------
+
+
+def _fill_layer(layer: AdaptedLayer, entry: Entry, request: Request) -> None:
+    parts = [
+        part_of(layer, held, weight)
+        for name, weight in zip(request.adapters, request.weights, strict=True)
+        for held in entries(layer, name, "LORA")
+    ]
+    factors = _combined(entry.site, parts, request)
+    p = write_factors(layer, entry, factors)
+    if p.get("bias") is not None:
+        zero = torch.zeros_like(p.bias)
+        biases = [zero if part.bias is None else part.bias for part in parts]
+        p.bias.copy_(request.rule.merge(biases, [part.weight for part in parts]))
+    if p.get("magnitude") is not None:
+        norm = _row_norms(layer)
+        # where an update is plain LoRA, DoRA with the norms of the adapted rows is the same map
+        found = [
+            _row_norms(layer, part) - norm if part.magnitude is None else part.magnitude.to(norm.dtype) - norm
+            for part in parts
+        ]
+        merged = norm + request.rule.merge(found, [part.weight for part in parts])
+        p.magnitude.copy_(merged.view(p.magnitude.shape))
+    layer.put(entry, p)
+
+
+def part_of(layer: AdaptedLayer, entry: Entry, weight: float = 1.0) -> Part:
+    """Return what an adapter has at a layer."""
+    p = layer.params(entry, whole=True)
+    delta = entry.method.delta(entry.site, p)
+    if not isinstance(delta, LowRank):
+        raise CombinationError(f"{entry.site.name!r}: the update of adapter {entry.name!r} is not low-rank")
+    B, A = delta.B.detach(), delta.A.detach()
+    scale = float(entry.options["scaling"])
+    bias = None if delta.bias is None else delta.bias.detach() * scale
+    magnitude = p.get("magnitude")
+    return Part(weight, scale, B, A, bias, None if magnitude is None else magnitude.detach().flatten())
+
+
+def _combined(site: Site, parts: list[Part], request: Request) -> Factors:
+    """Return the combined update's factors, with groups as a leading axis where a convolution has any."""
+    rule = request.rule
+    weights = [part.weight for part in parts]
+    pairs = [_by_group(site.groups, part.B, part.A) for part in parts]
+    if rule.space == "factors":
+        sizes = [abs(part.weight * part.scale) ** 0.5 for part in parts]
+        # the sign goes to one of the two, because on both it would cancel
+        signed = [math.copysign(size, part.weight * part.scale) for size, part in zip(sizes, parts, strict=True)]
+        A = rule.merge([A for _, A in pairs], signed)
+        return rule.merge([B for B, _ in pairs], sizes), A
+    if rule.space == "cat":
+        return _side_by_side(pairs, parts)
+    rank = (request.rank or max(part.A.shape[0] for part in parts)) // site.groups
+    joined = _side_by_side(pairs, parts) if rule.sums and request.clamp is None and request.driver is None else None
+    if joined is not None and joined[0].shape[-1] <= min(joined[0].shape[-2], joined[1].shape[-1]):
+        U, S, Vh = factorise_product(*joined, rank)
+    else:
+        wide = [(torch.promote_types(B.dtype, torch.float32), B, A) for B, A in pairs]
+        updates = [
+            _stored(site, torch.matmul(B.to(dtype), A.to(dtype))) * part.scale
+            for (dtype, B, A), part in zip(wide, parts, strict=True)
+        ]
+        U, S, Vh = factorise(_matrix(site, rule.merge(updates, weights)), rank, request.driver)
+    return clamped((U * S.unsqueeze(-2), Vh), request.clamp)
+
+
+def _side_by_side(pairs: list[Factors], parts: list[Part]) -> Factors:
+    """Return the factors of the weighted sum: exact, and as wide as all of them together."""
+    A = torch.cat([A * (part.weight * part.scale) for (_, A), part in zip(pairs, parts, strict=True)], dim=-2)
+    return torch.cat([B for B, _ in pairs], dim=-1), A
+
+
+def _by_group(groups: int, B: Tensor, A: Tensor) -> Factors:
+    """Give a grouped convolution's factors a leading axis: (groups, out / groups, n) and (groups, n, fan_in)."""
+    return (B, A) if groups == 1 else (B.unflatten(0, (groups, -1)), A.unflatten(0, (groups, -1)))
+
+
+def _stored(site: Site, update: Tensor) -> Tensor:
+    """Return an update as the layer stores its weight, which is the order in which random pruning draws."""
+    return update if site.groups > 1 else site.to_stored(update)
+
+
+def _matrix(site: Site, update: Tensor) -> Tensor:
+    return update if site.groups > 1 else site.from_stored(update)
+
+
+def write_factors(layer: AdaptedLayer, entry: Entry, factors: Factors) -> Any:
+    """Write factors into an entry's A and B, with zeros for what its rank has beyond them; returns its tensors."""
+    p = layer.params(entry, whole=True)
+    B, A = resized(factors, p.A.shape[0] // entry.site.groups)
+    p.A.copy_(A.reshape(p.A.shape))
+    p.B.copy_(B.reshape(p.B.shape))
+    layer.put(entry, p)
+    return p
+
+
+def _row_norms(layer: AdaptedLayer, part: Part | None = None) -> Tensor:
+    """Return the norm of each row of the base weight, (out,), or of the weight that an update makes of it."""
+    weight = layer.base_affine(whole=True).weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    weight = weight.to(dtype)
+    if part is not None:
+        weight = weight + part.scale * (part.B.to(dtype) @ part.A.to(dtype))
+    return torch.linalg.vector_norm(weight, dim=-1)

@@ -1,0 +1,153 @@
+"""Putting a computed adapter into a model: its places, its values, and what it takes over from other adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.active import set_trainable
+from inlay.core.affine import Affine
+from inlay.core.entry import Entry
+from inlay.core.inject import inject
+from inlay.core.layer import AdaptedLayer
+from inlay.core.mount import ModuleCopies
+from inlay.core.plan import Plan, plan
+from inlay.core.state import State
+from inlay.errors import CombinationError, InlayError
+
+__all__ = ["carry", "check_copies", "check_tied", "entries", "layers_of", "plan_exactly", "put"]
+
+TOKENS = "TRAINABLE_TOKENS"
+
+
+def layers_of(model: nn.Module) -> Iterator[AdaptedLayer]:
+    """Iterate over the adapted layers in the order of ``named_modules``, which random draws follow."""
+    return (module for module in model.modules() if isinstance(module, AdaptedLayer))
+
+
+def entries(layer: AdaptedLayer, name: str, peft_type: Any) -> list[Entry]:
+    """Return what an adapter has at a layer by its own method, without the token rows beside it."""
+    return [entry for entry in layer.entries.get(name, ()) if entry.method.config.peft_type == peft_type]
+
+
+def plan_exactly(model: nn.Module, config: Any, name: str, wanted: set[str], autocast: bool) -> Plan:
+    """Plan an adapter for some sites and no others.
+
+    The configuration's own targets are kept if they mean just these sites; otherwise whole paths replace them.
+
+    Raises:
+        CombinationError: no targets mean these sites.
+    """
+    paths = sorted(wanted)
+    free = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+    free = {field: None for field in free if hasattr(config, field)}
+    spelled = [
+        {},
+        {**free, "target_modules": set(paths)},
+        {**free, "target_modules": "|".join(map(re.escape, paths))},
+    ]
+    refused: InlayError | None = None
+    for fields in spelled:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the adapters that this one comes from had them
+                made = plan(model, dataclasses.replace(config, **fields), name, autocast_adapter_dtype=autocast)
+        except InlayError as error:
+            refused = refused or error
+            continue
+        if {p.site.name for p in made.placements if p.method.config.peft_type == config.peft_type} == wanted:
+            return made
+    if refused is not None:
+        raise refused
+    raise CombinationError(f"no target_modules mean just the layers {', '.join(paths[:5])}")
+
+
+def put(made: Plan, fill: Callable[[State], object]) -> None:
+    """Inject a plan and let ``fill`` write its tensors, all or nothing; the adapter is neither active nor trains."""
+
+    def then(state: State) -> None:
+        record = state.records[made.adapter]
+        record.frozen = bool(record.config.inference_mode)
+        set_trainable(state, [made.adapter], False)
+        with torch.no_grad():
+            fill(state)
+
+    inject(made, initialise=False, then=then)
+
+
+# -- what stands beside the updates -----------------------------------------------------------------------------------
+
+
+def check_copies(state: State, adapters: Iterable[str]) -> None:
+    """Full copies of one module cannot be combined.
+
+    Raises:
+        CombinationError: two adapters have one of the same module.
+    """
+    for layer in state.layers():
+        if isinstance(layer, ModuleCopies):
+            held = [name for name in dict.fromkeys(adapters) if name in layer.modules_to_save._modules]
+            if len(held) > 1:
+                raise CombinationError(
+                    f"{layer.path!r}: {', '.join(map(repr, held))} each have a full copy of this module "
+                    "(modules_to_save), and copies cannot be combined"
+                )
+
+
+def check_tied(model: nn.Module, name: str, adapters: Sequence[str]) -> None:
+    """A layer that uses another one's tensors can only stand for adapters that do the same.
+
+    Raises:
+        CombinationError: one has tensors of its own there.
+    """
+    for layer in layers_of(model):
+        if any(entry.home is not None for entry in layer.entries.get(name, ())):
+            for other in adapters:
+                if any(entry.home is None for entry in layer.entries.get(other, ())):
+                    raise CombinationError(
+                        f"{layer.site.name!r} shares its weight with an embedding, and adapter {other!r} is not tied "
+                        "there as the first one is (ensure_weight_tying)"
+                    )
+
+
+def carry(model: nn.Module, state: State, name: str, adapters: Sequence[str], weights: Sequence[float]) -> None:
+    """Fill what a new adapter has beside its updates: a full copy as it is, token rows by their weighted changes."""
+    for module in state.layers():
+        if isinstance(module, ModuleCopies) and name in module.modules_to_save._modules:
+            for other in adapters:
+                if other in module.modules_to_save._modules:
+                    _copy_values(module.modules_to_save._modules[other], module.modules_to_save._modules[name])
+    for layer in layers_of(model):
+        for entry in entries(layer, name, TOKENS):
+            if entry.home is None:
+                _sum_rows(layer, entry, adapters, weights)
+
+
+def _copy_values(source: Any, target: Any) -> None:
+    values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
+        tensor.copy_(values[name])
+
+
+def _sum_rows(layer: AdaptedLayer, entry: Entry, adapters: Sequence[str], weights: Sequence[float]) -> None:
+    table = _table(layer, layer.base_affine(whole=True))
+    changes = torch.zeros_like(table)
+    for other, weight in zip(adapters, weights, strict=True):
+        for held in entries(layer, other, TOKENS):
+            p = layer.params(held, whole=True)
+            changes[p.index] += weight * (p.rows.to(table.dtype) - table[p.index])
+    p = layer.params(entry, whole=True)
+    p.rows.copy_((table + changes)[p.index])
+    layer.put(entry, p)
+
+
+def _table(layer: AdaptedLayer, base: Affine) -> Tensor:
+    """Return the rows of an embedding or an output head in float32 or wider, one for each token."""
+    weight = base.weight.mT if layer.site.lookup else base.weight
+    return weight.float() if weight.dtype.itemsize < 4 else weight
