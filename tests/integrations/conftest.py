@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,10 @@ def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> Any:
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Prove that peft is Inlay here before anything is tested."""
     if INSIDE in os.environ:
-        import peft
-
-        import inlay.compat.peft
-
+        found, own = import_module("peft"), import_module("inlay.compat.peft")
         assert reason_to_skip() is None
-        assert peft is inlay.compat.peft, peft
-        assert sys.modules["peft"] is peft
+        assert found is own, found
+        assert sys.modules["peft"] is own
 
 
 class Nothing(pytest.Module):

@@ -35,7 +35,10 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 
 def decoder(family: str = "Llama", cls: str = "ForCausalLM", seed: int = 0, **changes: Any) -> Any:
-    """Return a decoder of two blocks in eval mode: Llama, Mistral, Mixtral, Qwen2Moe or Qwen3Moe."""
+    """Return a decoder of two blocks in eval mode: Llama, Mistral, Mixtral, Qwen2Moe or Qwen3Moe.
+
+    Experts run one by one (``experts_implementation="eager"``), which knows float64 too.
+    """
     import transformers
 
     values: dict[str, Any] = {
@@ -51,6 +54,8 @@ def decoder(family: str = "Llama", cls: str = "ForCausalLM", seed: int = 0, **ch
         "tie_word_embeddings": False,
     }
     config = getattr(transformers, f"{family}Config")(**(values | _SIZES.get(family, {}) | changes))
+    if "Moe" in family or "Mixtral" in family:
+        config._experts_implementation = "eager"
     torch.manual_seed(seed)
     return getattr(transformers, f"{family}{cls}")(config).eval()
 

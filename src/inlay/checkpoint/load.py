@@ -74,7 +74,9 @@ def load_all(
             else:
                 config, tensors = load_adapter_files(directory, subfolder, **hub_keywords)
                 config.inference_mode = not is_trainable
-                made = plan(bare, config, name, policy=policy, autocast_adapter_dtype=autocast_adapter_dtype)
+                made = plan(
+                    bare, config, name, policy=policy, autocast_adapter_dtype=autocast_adapter_dtype, held=tensors
+                )
                 source = os.path.join(os.fspath(directory), subfolder or "")
 
                 def fill(state: State, name: str = name, tensors: Any = tensors, source: str = source) -> None:

@@ -12,6 +12,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from inlay.checkpoint.embeddings import embedding_targets, embeddings_to_save
 from inlay.checkpoint.keys import key_index
+from inlay.checkpoint.migrations import migrated
 from inlay.checkpoint.resolve import Resolution, listed, resolve
 from inlay.checkpoint.target import KeyIndex, Target
 from inlay.checkpoint.tree import TRANSPARENT, Tree
@@ -150,6 +151,7 @@ def load_tensors(
             raise StateError(f"adapter {adapter!r} is merged into {node.original!r}; unmerge it before loading it")
     where = f"{source}: " if source else ""
     try:
+        tensors = migrated(tree, index, tensors, adapter)
         found = resolve(index, tensors, adapter, embedding_targets(tree))
     except CheckpointError as error:
         raise type(error)(f"{where}{error}") from None

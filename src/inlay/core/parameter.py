@@ -96,7 +96,7 @@ def plan_parameters(made: Plan, everything: list[Place]) -> None:
     from inlay.core.plan import place_method
     from inlay.kinds.stacked import Stacked
 
-    targets = getattr(made.config, "target_parameters", None)
+    targets = getattr(made.method.config, "target_parameters", None)
     if not targets:
         return
     if getattr(made.config, "fan_in_fan_out", False):
@@ -138,7 +138,7 @@ def plan_parameters(made: Plan, everything: list[Place]) -> None:
 
 def _admitted(made: Plan, path: str, name: str) -> bool:
     """Whether ``exclude_modules`` and ``layers_to_transform`` leave a parameter in; PEFT does not ask them."""
-    config = made.config
+    config = made.method.config
     if not made.policy.strict_targets:
         return True
     if getattr(config, "exclude_modules", None):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from inlay.core import storage
 from inlay.core.affine import Site
+from inlay.core.banks import retargeted
 from inlay.core.choose import check_patterns, choose, model_type, nothing_matched, plan_biases
 from inlay.core.copies import check_copies, plan_copies, tie_copies
 from inlay.core.dtype import adapter_dtype
@@ -163,6 +165,7 @@ def plan(
     *,
     policy: Policy | None = None,
     autocast_adapter_dtype: bool = True,
+    held: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """Resolve a config against a model, on any device, also meta.
 
@@ -172,6 +175,7 @@ def plan(
         adapter_name: the new adapter's name.
         policy: strictness; by default the model's own, or Inlay's.
         autocast_adapter_dtype: adapters of a half-precision base are created in float32.
+        held: the tensors that the adapter is going to be filled with, which say what an old config means.
 
     Raises:
         TargetError: a pattern matches nothing, or a match cannot be adapted (policy ``inlay``).
@@ -188,6 +192,9 @@ def plan(
     method.prefix_patterns = policy.prefix_patterns
     made = Plan(model, adapter_name, config, method, policy, state, autocast_adapter_dtype)
     for field_name, value in method.implied(model, model_type(model)).items():
+        made.resolved[field_name] = value
+        setattr(method.config, field_name, copy.deepcopy(value))
+    for field_name, value in retargeted(model, method.config, held, policy.prefix_patterns).items():
         made.resolved[field_name] = value
         setattr(method.config, field_name, copy.deepcopy(value))
     made.replication = replication_of(model, method.config, state)
@@ -262,6 +269,8 @@ def _weightless(made: Plan, kind: Kind, site: Site, method: Method) -> str | Non
         return "the update has a bias, and here the layer only gets another weight and has no bias of its own"
     if kind.peft_skips_dropout and made.policy.peft_layers:
         return None
+    if getattr(made.config, "inference_mode", False):
+        return None  # it does not train, so nothing is dropped
     for name in (method.dropout_field, "module_dropout", "rank_dropout"):
         value = getattr(method.config, name, None) if name is not None else None
         if value:

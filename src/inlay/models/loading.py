@@ -189,7 +189,13 @@ def _enter(
         # Where keys may be missing, tensors must have initial values.
         complete = wrapper.state.policy.strict_load and not options.ignore_sizes
         wrapper.base_model.add(
-            config, name, autocast=options.autocast, low_memory=options.low_memory, initialise=not complete, then=fill
+            config,
+            name,
+            autocast=options.autocast,
+            low_memory=options.low_memory,
+            initialise=not complete,
+            held=tensors,
+            then=fill,
         )
     if options.trainable:
         set_trainable(wrapper.state, [name], True)

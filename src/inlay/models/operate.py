@@ -35,6 +35,7 @@ def add(
     low_memory: bool = False,
     initialise: bool = True,
     state_dict: dict[str, Tensor] | None = None,
+    held: dict[str, Tensor] | None = None,
     then: Callable[[State], object] | None = None,
 ) -> State:
     """Plan an adapter and put it in; what does not become active does not train.
@@ -49,6 +50,7 @@ def add(
         low_memory: create tensors on the meta device.
         initialise: False leaves the values undefined, for a load that overwrites them.
         state_dict: an adapter's tensors, whose keys name the layers to adapt instead of the configuration.
+        held: the tensors that ``then`` fills the adapter with; they say what an old configuration means.
         then: run last; if it raises, the model is as before.
     """
     refuse_prompts(config)
@@ -59,7 +61,7 @@ def add(
     if state is not None:
         root.__dict__["_state"] = state
     try:
-        made = plan(root, asked, name, policy=policy, autocast_adapter_dtype=autocast)
+        made = plan(root, asked, name, policy=policy, autocast_adapter_dtype=autocast, held=held)
         return apply(root, made, config=config, low_memory=low_memory, initialise=initialise, then=then)
     except BaseException:
         if state is not None and not state.records:
