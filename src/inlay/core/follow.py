@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from inlay.core.call import opened
 from inlay.core.state import State
+from inlay.errors import RoutingError
 
 __all__ = ["Follower"]
 
@@ -57,6 +59,26 @@ class Follower(nn.Module):
         if enabled is not None:
             self.__dict__["_own_enabled"] = enabled
         self.state.touch()
+
+    def has(self, adapter: str) -> bool:
+        """Whether an adapter has anything here."""
+        raise NotImplementedError
+
+    def called_by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run this module with the argument ``adapter_names``, an adapter for each sample of the batch.
+
+        Raises:
+            RoutingError: there is not one name for each sample.
+        """
+        kwargs = dict(kwargs)
+        names = kwargs.pop("adapter_names")
+        if names is None:
+            return self(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if len(names) != len(x):
+            raise RoutingError(f"adapter_names has {len(names)} names for a batch of {len(x)} samples")
+        with opened(self.state, names=names):
+            return self(*args, **kwargs)
 
     def check_active(self, names: Iterable[str]) -> None:
         """Refuse adapters that cannot be active together here."""

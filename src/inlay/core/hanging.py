@@ -12,7 +12,7 @@ from inlay.core.slot import Slot
 from inlay.core.state import State
 from inlay.core.surface import LayerSurface
 
-__all__ = ["container", "dismount", "drop_shared", "hang"]
+__all__ = ["container", "dismount", "drop_shared", "forget_unused", "hang"]
 
 
 def hang(home: nn.Module, adapter: str, slot: Slot, tensor: Tensor, new_leaf: Callable[[], nn.Module]) -> None:
@@ -42,6 +42,15 @@ def drop_shared(state: State, slots: dict[str, Slot], adapter: str) -> None:
     """Drop an adapter's shared tensors."""
     for slot in slots.values():
         _drop(state.shared, slot.place[0], adapter)
+
+
+def forget_unused(state: State, adapter: str) -> None:
+    """Drop the record of an adapter that was taken off its layers one by one, once none of them has it."""
+    if adapter not in state.records or any(layer.has(adapter) for layer in state.layers()):
+        return
+    drop_shared(state, state.records.pop(adapter).shared, adapter)
+    state.active = tuple(name for name in state.active if name != adapter)
+    state.touch()
 
 
 def container(layer: nn.Module, path: tuple[str, ...], cls: type[nn.Module]) -> nn.Module:

@@ -221,6 +221,8 @@ class AdaptedLayer(LayerSurface):
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "adapter_names" in kwargs:
+            return self.called_by_name(args, kwargs)
         call = call_in_force(self.state, self.training)
         if call is not None:
             if call.disabled:

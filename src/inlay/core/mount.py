@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from inlay.core.call import call_in_force
+from inlay.core.call import call_in_force, call_of
 from inlay.core.follow import Follower
+from inlay.core.hanging import forget_unused
 from inlay.core.route import split_rows
 from inlay.core.state import BASE, State
-from inlay.errors import RoutingError, UnsupportedError
+from inlay.errors import RoutingError, TargetError, UnsupportedError
 from inlay.parallel.hooks import copied
 
 __all__ = ["ModuleCopies"]
@@ -86,6 +87,9 @@ class ModuleCopies(Follower):
             module = copied(self.original_module)
         self.modules_to_save._modules[name] = module
 
+    def has(self, adapter: str) -> bool:
+        return adapter in self.modules_to_save._modules
+
     def copy_of(self, name: str) -> nn.Module:
         """Return an adapter's copy, or the original where it has none."""
         held = self.modules_to_save._modules.get(name)
@@ -101,7 +105,151 @@ class ModuleCopies(Follower):
                 return copies[name]
         return self.original_module
 
+    # -- what PEFT's users and integrations call on one module ---------------------------------------------------
+
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names = ()
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Nothing is ever merged: the active copy stands for itself."""
+        return []
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the original runs, also for the call that is running only."""
+        call = call_of(self.state)
+        return not self.enabled or (call is not None and call.disabled)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters that have a copy here, in activation order."""
+        return [name for name in self.active if name in self.modules_to_save._modules]
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or a list if it is not exactly one that has a copy here."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    @property
+    def _active_adapter(self) -> str | list[str]:
+        return self.active_adapter
+
+    @property
+    def _disable_adapters(self) -> bool:
+        return self.disable_adapters
+
+    @property
+    def _adapters(self) -> set[str]:
+        return self._get_available_adapters()
+
+    def update(self, adapter_name: str, tied_module: Any = None, **kwargs: Any) -> None:
+        """Give a further adapter its copy, unless it has one; an active adapter's trains.
+
+        Args:
+            tied_module: an embedding whose weight the copy, a linear layer, shares.
+        """
+        if not self.has(adapter_name):
+            copy: Any = None
+            if tied_module is not None:
+                rows, columns = tied_module.weight.shape
+                copy = nn.Linear(rows, columns, bias=False, device="meta")
+                copy.weight = tied_module.weight
+            self.add(adapter_name, copy)
+        self.original_module.requires_grad_(False)
+        self.set_requires_grad(adapter_name, adapter_name in self.active)
+
+    def _get_available_adapters(self) -> set[str]:
+        """Return the names of the adapters that have a copy here."""
+        return set(self.modules_to_save._modules)
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        """Return which of some adapters has a copy here to be activated, or None.
+
+        Raises:
+            UnsupportedError: more than one has.
+            TargetError: no adapter was named.
+        """
+        if isinstance(adapter_name, str):
+            return adapter_name
+        if not adapter_name:
+            raise TargetError(f"{self.path!r}: name at least one adapter to activate")
+        found = [name for name in adapter_name if name in self.modules_to_save._modules]
+        if len(found) > 1:
+            raise UnsupportedError(f"{self.path!r}: only one full copy can run, found {', '.join(map(repr, found))}")
+        return found[0] if found else None
+
+    def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
+        """Let an adapter's copy run here, whatever is active elsewhere; it trains unless ``inference_mode``.
+
+        Raises:
+            UnsupportedError: several names were given.
+            UnknownAdapterError: there is no adapter of that name.
+        """
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        if len(names) > 1:
+            raise UnsupportedError(
+                f"{self.path!r}: only one full copy can be activated, found {', '.join(map(repr, names))}"
+            )
+        for name in names:
+            if not self.has(name):
+                self.state.record(name)
+        self.set_requires_grad(self.active_adapters, False)
+        self.override(active=names)
+        if not inference_mode:
+            self.set_requires_grad(names)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let the active copy run here, or the original; this module no longer follows the model's switch."""
+        self.override(enabled=enabled)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Switch gradients of adapters' copies on or off."""
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            held = self.modules_to_save._modules.get(name)
+            for parameter in () if held is None else held.parameters():
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Iterable[str] | None = None) -> None:
+        """Drop an adapter's copy here. If it ran, one of ``new_active_adapters`` runs next, or the original.
+
+        Raises:
+            UnsupportedError: several names were given.
+        """
+        if adapter_name not in self.modules_to_save._modules:
+            return
+        names = tuple(new_active_adapters or ())
+        if len(names) > 1:
+            raise UnsupportedError(
+                f"{self.path!r}: only one full copy can be activated, found {', '.join(map(repr, names))}"
+            )
+        following = [name for name in names if name in self.modules_to_save._modules and name != adapter_name]
+        if adapter_name in self.active_adapters:
+            self.set_adapter(following)
+        del self.modules_to_save._modules[adapter_name]
+        forget_unused(self.state, adapter_name)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Return the names of a copy's tensors in a checkpoint, with those that they have below this module."""
+        held = self.modules_to_save._modules.get(adapter_name)
+        names = () if held is None else held.state_dict()
+        return {name: f"modules_to_save.{adapter_name}.{name}" for name in names}
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Pick a copy's tensors out of this module's ``state_dict``, under the names of a checkpoint."""
+        return {name: state_dict[here] for name, here in self.adapter_state_dict_load_map(adapter_name).items()}
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return what is to stand here without adapters: the copy that runs, or the original."""
+        return self.current()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "adapter_names" in kwargs:
+            return self.called_by_name(args, kwargs)
         call = call_in_force(self.state, self.training)
         if call is not None:
             if call.disabled:

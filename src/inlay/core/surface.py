@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from inlay.core import storage
 from inlay.core.call import call_of
 from inlay.core.entry import MergedNames
 from inlay.core.follow import Follower
-from inlay.errors import MergeError, UnknownAdapterError, UnsupportedError, did_you_mean
+from inlay.errors import InlayWarning, MergeError, UnknownAdapterError, UnsupportedError, did_you_mean
 
 if TYPE_CHECKING:
     from inlay.core.affine import Site
@@ -33,6 +34,8 @@ class LayerSurface(Follower):
 
     # what reads and writes a quantised base weight for PEFT's own layers; here the storages do it
     quantization_backend: Any = None
+    # False lets products run in the dtype of the input, whatever the policy says
+    cast_input_dtype_enabled: bool = True
 
     if TYPE_CHECKING:
         entries: dict[str, tuple[Entry, ...]]
@@ -59,6 +62,11 @@ class LayerSurface(Follower):
     def merged_adapters(self, names: Iterable[str]) -> None:
         self.__dict__["_merged"] = tuple(names)
         self.state.touch()
+
+    @property
+    def compute(self) -> str:
+        """In which dtype adapter products run here; see ``Policy.compute``."""
+        return self.state.policy.compute if self.cast_input_dtype_enabled else "base"
 
     @property
     def merged(self) -> bool:
@@ -222,18 +230,38 @@ class LayerSurface(Follower):
         """Take in a new adapter, whose tensors ``mount`` hangs below this layer; a subclass may do more."""
         mount()
 
-    def delete_adapter(self, adapter_name: str) -> None:
+    def has(self, adapter: str) -> bool:
+        return adapter in self.entries
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Iterable[str] | None = None) -> None:
         """Drop what an adapter has on this layer; elsewhere it stays.
+
+        Args:
+            adapter_name: its name.
+            new_active_adapters: what is active here then, if it was active. By default those that were beside it, and
+                if it was alone, the first of those left, with a warning.
 
         Raises:
             MergeError: it is merged here.
         """
-        from inlay.core.hanging import dismount
+        from inlay.core.hanging import dismount, forget_unused
 
         if adapter_name in self._merged:
             raise MergeError(f"adapter {adapter_name!r} is merged into this layer; unmerge it before deleting it")
         dismount(self, adapter_name)
         self.state.touch()
+        if adapter_name in self.active:
+            wanted = self.active if new_active_adapters is None else new_active_adapters
+            left = [name for name in wanted if name != adapter_name]
+            if not left and self.entries and new_active_adapters is None:
+                left = sorted(self.entries)[:1]
+                warnings.warn(
+                    f"{self.site.name!r}: {adapter_name!r} was active and was deleted; {left[0]!r} is active now",
+                    InlayWarning,
+                    stacklevel=2,
+                )
+            self.set_adapter(left)
+        forget_unused(self.state, adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into this layer only, by default the active ones; always checked for finiteness."""

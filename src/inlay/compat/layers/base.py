@@ -8,13 +8,13 @@ with adapters it follows that model's state, see :meth:`BaseTunerLayer.follow_st
 from __future__ import annotations
 
 import warnings
-from abc import ABCMeta
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from inlay.compat.layers.viewing import LayerView, Own, listed, require_grad
 from inlay.core import storage
 from inlay.core.call import call_in_force
 from inlay.core.entry import AdapterTensors
@@ -22,49 +22,7 @@ from inlay.core.layer import AdaptedLayer
 from inlay.core.state import State
 from inlay.errors import InlayWarning
 
-__all__ = ["BaseTunerLayer", "LayerView", "listed", "require_grad"]
-
-
-class LayerView(ABCMeta):
-    """Class of the classes that stand for the engine's layers.
-
-    A class that defines ``_claims(layer)`` itself has those of the engine's layers as instances of which it is true;
-    its subclasses do not, unless they define their own.
-    """
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        if super().__instancecheck__(instance):
-            return True
-        claims = cls.__dict__.get("_claims")
-        if claims is None or not isinstance(instance, AdaptedLayer):
-            return False
-        return bool(claims.__get__(None, cls)(instance))
-
-
-def listed(names: str | Iterable[str]) -> list[str]:
-    """Return adapter names as a list."""
-    return [names] if isinstance(names, str) else list(names)
-
-
-def require_grad(held: Any, flag: bool) -> None:
-    """Switch gradients of a module or a parameter; what cannot have gradients is left alone."""
-    parameters = held.parameters() if isinstance(held, nn.Module) else (held,)
-    for parameter in parameters:
-        if isinstance(parameter, nn.Parameter) and (not flag or parameter.is_floating_point()):
-            parameter.requires_grad_(flag)
-
-
-class _Own:
-    """A class attribute that gives each instance an empty container of its own when it is first asked for."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make = make
-
-    def __set_name__(self, owner: type[Any], name: str) -> None:
-        self._name = name
-
-    def __get__(self, instance: Any, owner: type[Any]) -> Any:
-        return self._make() if instance is None else instance.__dict__.setdefault(self._name, self._make())
+__all__ = ["BaseTunerLayer"]
 
 
 class BaseTunerLayer(metaclass=LayerView):
@@ -79,9 +37,9 @@ class BaseTunerLayer(metaclass=LayerView):
 
     adapter_layer_names: Any = ()
     other_param_names: Any = ()
-    frozen_peft_weight_names: Any = _Own(dict)
+    frozen_peft_weight_names: Any = Own(dict)
     quantization_backend: Any = None
-    merged_adapters: Any = _Own(list)
+    merged_adapters: Any = Own(list)
     _disable_adapters: Any = False
     _active_adapter: Any = "default"
     cast_input_dtype_enabled: bool = True

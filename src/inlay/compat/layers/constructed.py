@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.compat.layers.base import LayerView
 from inlay.compat.layers.making import bound, method_for, own_config
 from inlay.compat.layers.table import Recorded
+from inlay.compat.layers.viewing import LayerView
 from inlay.core.affine import Affine
 from inlay.core.build import build, build_shared
 from inlay.core.entry import Entry
@@ -20,24 +20,34 @@ from inlay.core.inject import mount, prepare
 from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
-from inlay.core.plan import Plan, place_method
+from inlay.core.plan import Placement, Plan, place_method
 from inlay.core.policy import PEFT
 from inlay.core.shared import register_shared
 from inlay.core.state import Record, State, check_adapter_name
 from inlay.core.targets import Place
+from inlay.core.tied import tied_placement
 from inlay.errors import MergeError, TargetError
 
 __all__ = ["ConstructedLayer", "adopt", "attach"]
 
 
-def attach(layer: AdaptedLayer, adapter: str, method: Method, shared: dict[str, Tensor] | None = None) -> None:
-    """Give one adapted layer an adapter; what it had under that name is replaced.
+def attach(
+    layer: AdaptedLayer,
+    adapter: str,
+    method: Method,
+    shared: dict[str, Tensor] | None = None,
+    tied: AdaptedLayer | None = None,
+    beside: bool = False,
+) -> None:
+    """Give one adapted layer an adapter.
 
     Args:
         layer: in a model or by itself.
         adapter: its name.
         method: what it does, with the config for this layer.
         shared: tensors that all layers of the adapter share, by role; made where they are needed and not given.
+        tied: a layer with the same weight and the same adapter, whose tensors this one uses.
+        beside: keep what the layer has under that name, instead of replacing it.
 
     Raises:
         UnsupportedError: the method refuses the layer; it is then as before.
@@ -52,13 +62,16 @@ def attach(layer: AdaptedLayer, adapter: str, method: Method, shared: dict[str, 
     holder._modules["layer"] = layer
     made = Plan(holder, adapter, method.config, method, state.policy, state, autocast=False)
     place = Place(layer.site.owner, layer, [(holder, "layer")], [])
-    placement = place_method(made, place, "update_layer", method, layer.kind, layer.site)
+    if tied is None:
+        placement = place_method(made, place, "update_layer", method, layer.kind, layer.site)
+    else:
+        placement = _tied(made, place, tied, method)
     made.placements.append(placement)
     made.shared = method.shared_slots([layer.site])
     seed = torch.initial_seed()
     tensors = build(made, placement, False, True, seed)
     first = not state.records
-    if adapter in layer.entries:
+    if not beside:
         dismount(layer, adapter)
     if made.shared and not state.records.get(adapter, Record(None, method, 0)).shared:
         common = shared or build_shared(made, False, seed)
@@ -71,6 +84,18 @@ def attach(layer: AdaptedLayer, adapter: str, method: Method, shared: dict[str, 
     if first:
         state.active = (adapter,)
     state.touch()
+
+
+def _tied(made: Plan, place: Place, tied: AdaptedLayer, method: Method) -> Placement:
+    """Return the placement that uses the tensors of a layer with the same weight."""
+    holder = nn.Module()
+    holder._modules["layer"] = tied
+    there = Place(tied.site.owner, tied, [(holder, "layer")], [])
+    source = place_method(made, there, "tied", method, tied.kind, tied.site)
+    placement = tied_placement(made, source, place)
+    if placement is None:
+        raise TargetError(f"{type(place.base).__name__} has no weight that it could share with another layer")
+    return placement
 
 
 def adopt(layer: AdaptedLayer, state: State, path: str) -> None:
@@ -91,7 +116,8 @@ def adopt(layer: AdaptedLayer, state: State, path: str) -> None:
     for name, entries in layer.entries.items():
         for entry in entries:
             entry.site = replace(entry.site, name=path)
-        state.records.setdefault(name, own.records[name])
+        if name in own.records:
+            state.records.setdefault(name, own.records[name])
     for name, container in own.shared._modules.items():
         state.shared._modules.setdefault(name, container)
     state.touch()

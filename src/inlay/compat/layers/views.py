@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from inlay.compat.layers.base import BaseTunerLayer, LayerView
+from inlay.compat.layers.base import BaseTunerLayer
 from inlay.compat.layers.constructed import ConstructedLayer
 from inlay.compat.layers.mixins import TensorLayer, holder_of
 from inlay.compat.layers.table import Recorded, recorded, same_family, view_of
+from inlay.compat.layers.tokens import TokenMembers
+from inlay.compat.layers.viewing import LayerView
 from inlay.core.layer import AdaptedLayer
 from inlay.core.parameter import ParameterLayer
 from inlay.core.surface import attribute_sources
@@ -70,9 +72,10 @@ class _Claims:
         self.family = same_family(f"{entry.home}.{entry.name}")
         self.kinds = entry.kinds
         self.open = not entry.is_module or (not entry.kinds and entry.home.endswith(".layer"))
-        self.nested = False
 
-    def __call__(self, layer: AdaptedLayer) -> bool:
+    def __call__(self, layer: Any) -> bool:
+        if not isinstance(layer, AdaptedLayer):
+            return False
         if not self.open and not {layer.kind.name, ""} & set(self.kinds):
             return False
         return any(kind_of_entry(entry) in self.family for entry in layer._each())
@@ -96,6 +99,8 @@ def _members(full: str) -> type[Any] | None:
 def _source(layer: AdaptedLayer, name: str) -> Any:
     """Return what PEFT's class for a layer has under a name: a method, a property, or an empty dict of weights."""
     for peft_type in dict.fromkeys(map(kind_of_entry, layer._each())):
+        if peft_type is None and name in TokenMembers.__dict__:
+            return TokenMembers.__dict__[name].__get__(layer, type(layer))
         full = None if peft_type is None else view_of(peft_type, layer.kind.name)
         if full is None:
             continue
