@@ -260,7 +260,7 @@ def test_a_pipeline_loads_every_style_of_keys(style: Any) -> None:
     written = style("unet", update)
     reading = None
     if style is not diffusers_keys:
-        reading = factors(pipe.text_encoder, ["q_proj", "v_proj"], seed=6, alpha=alpha)
+        reading = factors(pipe.text_encoder, ["q_proj", "v_proj", "out_proj"], seed=6, alpha=alpha)
         if style is kohya_keys:  # its names are those of the encoder inside a CLIP model
             written |= style("te", {f"text_model.{path.removeprefix('text_model.')}": x for path, x in reading.items()})
         else:
