@@ -62,11 +62,11 @@ class Inner:
     def apply(self, x: Tensor, delta: Delta) -> Tensor:
         """Return the update's share of the output for input ``x``."""
         layer = self.layer
-        return apply_delta(layer.kind, layer.leaf_layer, layer.site, x, delta, layer.state.policy.compute)
+        return apply_delta(layer.kind, layer.leaf_layer, layer.site, x, delta, layer.compute)
 
     def product_dtype(self, x: Tensor, adapter: torch.dtype) -> torch.dtype:
         """Return the dtype in which products of ``x`` with an adapter's tensors run."""
-        return product_dtype(x, adapter, self.layer.state.policy.compute)
+        return product_dtype(x, adapter, self.layer.compute)
 
     def decide(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Apply a function without gradient to tensors, each of them whole."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from inlay.core.affine import Affine, Dense, Site
 from inlay.core.method import P
+from inlay.core.remember import remembered
 from inlay.core.slot import Constant, Slot
 from inlay.methods.lora import LoRA
 
@@ -46,8 +47,12 @@ class DoRA(LoRA):
 
     def norm(self, site: Site, p: P, base: Affine) -> Tensor:
         """Return the row norms of the adapted base weight, (*experts, out)."""
-        weight = base.weight.detach() + self.update(site, p).dense().detach()
-        return torch.linalg.vector_norm(weight, dim=-1)
+
+        def compute() -> Tensor:
+            weight = base.weight.detach() + self.update(site, p).dense().detach()
+            return torch.linalg.vector_norm(weight, dim=-1)
+
+        return compute() if p.training else remembered(compute, p.A, p.B, base.weight, p.scaling)
 
     def gain(self, site: Site, p: P, base: Affine) -> Tensor:
         """Return what every output row is multiplied by, (*experts, out)."""

@@ -1,0 +1,76 @@
+"""A value that follows from tensors, kept for as long as none of them changes. Off unless someone switches it on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = ["is_remembering", "remember", "remembered"]
+
+_on = False
+_kept: Any = WeakIdKeyDictionary()  # first parameter -> (what it was computed from, value)
+
+
+def is_remembering() -> bool:
+    """Whether values are kept."""
+    return _on
+
+
+def remember(on: bool) -> None:
+    """Switch keeping on or off for this process; off forgets everything."""
+    global _on
+    _on = on
+    if not on:
+        _kept.clear()
+
+
+def remembered(compute: Callable[[], Tensor], *sources: Tensor | float) -> Tensor:
+    """Return ``compute()``, or what it returned when its sources were as they are now.
+
+    A source counts as changed when its memory, dtype or torch's version counter is another one; writes through
+    ``tensor.data`` move none of them and are not seen. Only parameters, and views of them, are recognised again: with
+    any other tensor among the sources nothing is kept.
+
+    Args:
+        compute: gives a tensor without gradient.
+        sources: what it depends on; the first is a parameter, and the value is dropped with it.
+    """
+    key = _key(sources) if _on and not torch.compiler.is_compiling() else None
+    if key is None:
+        return compute()
+    first = _owner(sources[0])
+    held = _kept.get(first)
+    if held is not None and held[0] == key:
+        value: Tensor = held[1]
+        return value
+    value = compute()
+    if not value.requires_grad:
+        _kept[first] = (key, value)
+    return value
+
+
+def _owner(source: Any) -> Any:
+    base = source._base if isinstance(source, Tensor) else None
+    return source if base is None else base
+
+
+def _key(sources: tuple[Tensor | float, ...]) -> tuple[Any, ...] | None:
+    found: list[Any] = []
+    for source in sources:
+        if not isinstance(source, Tensor):
+            found.append(source)
+            continue
+        owner = _owner(source)
+        scalar = source.dim() == 0 and source.device.type == "cpu"
+        if scalar:
+            found.append(source.item())
+        elif isinstance(owner, nn.Parameter) and type(owner) is nn.Parameter and not owner.is_inference():
+            found.append((weakref.ref(owner), owner._version, source.data_ptr(), source.dtype))
+        else:
+            return None
+    return tuple(found)

@@ -1,0 +1,350 @@
+"""``peft.helpers`` beside the real one."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import warnings
+
+import peft
+import peft.helpers as theirs
+import pytest
+import torch
+from hotswap_models import Written, base, close, ids, injected, loaded
+from torch import nn
+
+import inlay
+import inlay.compat.peft as own
+import inlay.compat.peft.helpers as ours
+from inlay.core import remember
+from inlay.core.policy import INLAY, PEFT
+from inlay.errors import NotAvailableError
+
+NAMES = [
+    "check_if_peft_model",
+    "disable_input_dtype_casting",
+    "rescale_adapter_scale",
+    "update_forward_signature",
+    "update_generate_signature",
+    "update_signature",
+    "DoraCaching",
+]
+
+
+def pefts(written: Written):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(base(), written.folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signatures(name):
+    mine, real = (inspect.signature(getattr(module, name)).parameters for module in (ours, theirs))
+    assert [(p.name, p.kind, p.default) for p in mine.values()] == [(p.name, p.kind, p.default) for p in real.values()]
+
+
+# -- scales -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("multiplier", [0, 0.5, 2, -1.0, True])
+def test_rescaling(tmp_path, bare, multiplier):
+    written = Written(tmp_path, lora_alpha=6)
+    model, real = (injected if bare else loaded)(written), pefts(written)
+    with ours.rescale_adapter_scale(model, multiplier), theirs.rescale_adapter_scale(real, multiplier):
+        close(model(ids()), real(ids()))
+    close(model(ids()), written.output)
+
+
+def test_rescaling_is_undone_after_an_exception_and_nests(tmp_path):
+    model = loaded(Written(tmp_path))
+    layer = model.base_model.model.lin
+    with ours.rescale_adapter_scale(model, 3.0):
+        with pytest.raises(ZeroDivisionError), ours.rescale_adapter_scale(model, 2.0):
+            _ = layer.scaling["default"] / (layer.scaling["default"] - 6.0)
+        assert layer.scaling["default"] == 3.0
+    assert layer.scaling["default"] == 1.0
+
+
+def test_rescaling_covers_every_lora_adapter_and_nothing_else(tmp_path):
+    model = loaded(Written(tmp_path))
+    model.add_adapter("second", inlay.LoraConfig(r=2, lora_alpha=6, target_modules=["lin"]))
+    model.add_adapter("third", inlay.LoHaConfig(r=2, alpha=6, target_modules=["lin"]))
+    layer = model.base_model.model.lin
+    with ours.rescale_adapter_scale(model, 2.0):
+        assert dict(layer.scaling) == {"default": 2.0, "second": 6.0, "third": 3.0}
+    assert dict(layer.scaling) == {"default": 1.0, "second": 3.0, "third": 3.0}
+
+
+def test_rescaling_a_prepared_model(tmp_path):
+    """Scales that are tensors stay tensors, so compiled code goes on."""
+    from inlay.compat.peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    written = Written(tmp_path, lora_alpha=6)
+    model, real = loaded(written), pefts(written)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        close(fast(ids()), written.output)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            with ours.rescale_adapter_scale(model, 0.5), theirs.rescale_adapter_scale(real, 0.5):
+                close(fast(ids()), real(ids()))
+            close(fast(ids()), written.output)
+
+
+@pytest.mark.parametrize("multiplier", ["2", None, torch.tensor(2.0), [1.0]], ids=str)
+def test_rescaling_by_something_else(tmp_path, multiplier):
+    written = Written(tmp_path)
+    for module, model in ((ours, loaded(written)), (theirs, pefts(written))):
+        with pytest.raises(TypeError), module.rescale_adapter_scale(model, multiplier):
+            pass
+
+
+def test_rescaling_without_lora():
+    for module in (ours, theirs):
+        with pytest.raises(ValueError, match=r"[Ll]o[Rr][Aa]"), module.rescale_adapter_scale(base(), 2.0):
+            pass
+    loha = inlay.get_peft_model(base(), inlay.LoHaConfig(target_modules=["lin"]))
+    with pytest.raises(ValueError, match="LoRA"), ours.rescale_adapter_scale(loha, 2.0):
+        pass
+    real = peft.get_peft_model(base(), peft.LoHaConfig(target_modules=["lin"]))
+    with pytest.raises(ValueError, match="Lora"), theirs.rescale_adapter_scale(real, 2.0):
+        pass
+
+
+# -- dtypes of inputs -------------------------------------------------------------------------------------------------
+
+
+def _half_model(namespace, **kwargs):
+    """A half-precision layer whose adapter is in float32, with values that differ in the two."""
+    torch.manual_seed(0)
+    config = namespace.LoraConfig(r=4, lora_alpha=64, target_modules=["0"], init_lora_weights=False)
+    return namespace.get_peft_model(nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16), config, **kwargs)
+
+
+def test_inputs_are_not_cast(tmp_path):
+    """peft hands the input on as it is, which fails unless hooks made the dtypes equal; here products follow it."""
+    model, real = _half_model(own), _half_model(peft)
+    own.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(real))
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    cast = model(x)
+    torch.testing.assert_close(cast, real(x))
+    with ours.disable_input_dtype_casting(model):
+        kept = model(x)
+    assert kept.dtype == torch.bfloat16
+    assert not torch.equal(kept, cast)
+    layer = model.base_model.model[0]
+    A, B = (getattr(layer, name)["default"].weight.to(torch.bfloat16) for name in ("lora_A", "lora_B"))
+    linear = torch.nn.functional.linear
+    torch.testing.assert_close(kept, layer.base_layer(x) + linear(linear(x, A), B) * 16.0)
+    assert torch.equal(model(x), cast)
+    with ours.disable_input_dtype_casting(model, active=False):
+        assert torch.equal(model(x), cast)
+    with theirs.disable_input_dtype_casting(real), pytest.raises(RuntimeError):
+        real(x)
+
+
+def test_the_switch_of_one_layer_is_put_back():
+    for module, model in ((ours, _half_model(own)), (theirs, _half_model(peft))):
+        layer = model.base_model.model[0]
+        assert layer.cast_input_dtype_enabled is True
+        with module.disable_input_dtype_casting(layer):
+            assert layer.cast_input_dtype_enabled is False
+        assert layer.cast_input_dtype_enabled is True
+        layer.cast_input_dtype_enabled = False
+        with pytest.raises(ZeroDivisionError), module.disable_input_dtype_casting(model):
+            raise ZeroDivisionError
+        assert layer.cast_input_dtype_enabled is False
+
+
+def test_narrow_storage_between_forwards():
+    """Weights held in float8, as diffusers' layerwise casting leaves those of adapters."""
+    model = _half_model(own)
+    layer = model.base_model.model[0]
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    for name in ("lora_A", "lora_B"):
+        getattr(layer, name).to(torch.float8_e4m3fn)
+    with ours.disable_input_dtype_casting(model):
+        found = model(x)
+    wide = [getattr(layer, name)["default"].weight.to(torch.bfloat16) for name in ("lora_A", "lora_B")]
+    linear = torch.nn.functional.linear
+    torch.testing.assert_close(found, layer.base_layer(x) + linear(linear(x, wide[0]), wide[1]) * 16.0)
+
+
+# -- DoRA -------------------------------------------------------------------------------------------------------------
+
+DORA = ["lin", "conv", "conv1d_hf", "emb"]
+
+
+@pytest.mark.parametrize("policy", [INLAY, PEFT], ids=lambda policy: policy.name)
+def test_dora_caching(tmp_path, policy, monkeypatch):
+    written = Written(tmp_path, use_dora=True, target_modules=DORA)
+    model, real = loaded(written, policy), pefts(written)
+    with ours.DoraCaching(), theirs.DoraCaching(), torch.no_grad():
+        for _ in range(2):
+            close(model(ids()), real(ids()))
+    computed: list[object] = []
+    norm = torch.linalg.vector_norm
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda *args, **rest: computed.append(1) or norm(*args, **rest))
+    with ours.DoraCaching():
+        for _ in range(3):
+            close(model(ids()), written.output)
+    assert len(computed) == len(DORA)
+    close(model(ids()), written.output)
+    assert len(computed) == 2 * len(DORA)
+    assert not remember.is_remembering()
+
+
+def test_dora_caching_follows_every_change(tmp_path):
+    """Training, loading, scaling, another device or dtype, and in-place changes of the base."""
+    first = Written(tmp_path / "a", use_dora=True, target_modules=DORA)
+    second = Written(tmp_path / "b", seed=8, r=2, lora_alpha=5, use_dora=True, target_modules=DORA)
+    third = Written(tmp_path / "c", seed=9, use_dora=True, target_modules=DORA)
+    model = loaded(first)
+    reference = copy.deepcopy(model)
+
+    def same():
+        with ours.DoraCaching(enabled=False):
+            expected = reference(ids())
+        close(model(ids()), expected)
+
+    with ours.DoraCaching(), torch.no_grad():
+        for _ in range(2):
+            same()
+        for changed in (model, reference):
+            changed.base_model.model.lin.scale_layer(3.0)
+        same()
+        for changed in (model, reference):
+            changed.base_model.model.lin.weight.mul_(2.0)
+        same()
+        for changed in (model, reference):
+            changed.base_model.model.conv.lora_B["default"].weight.add_(0.1)
+        same()
+        for changed in (model, reference):
+            inlay.set_peft_model_state_dict(changed, third.tensors)
+        same()
+        for changed in (model, reference):
+            own.utils.hotswap.hotswap_adapter(changed, second.folder, "default")
+        same()
+        model.double(), reference.double()
+        same()
+        model.merge_adapter(), reference.merge_adapter()
+        same()
+    with ours.DoraCaching():
+        model.unmerge_adapter(), reference.unmerge_adapter()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(ids()).sum().backward()  # in eval mode, with gradients
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        with ours.DoraCaching(enabled=False):
+            reference(ids()).sum().backward()
+        for name, parameter in reference.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(grads[name], parameter.grad)
+        optimizer.step()
+        torch.optim.SGD(reference.parameters(), lr=0.1).step()
+        same()
+        model.train(), reference.train()
+        same()
+
+
+def test_dora_caching_as_a_call_and_nested(tmp_path):
+    caching = ours.DoraCaching()
+    caching(enabled=True)
+    assert remember.is_remembering()
+    with ours.DoraCaching(enabled=False):
+        assert not remember.is_remembering()
+    assert remember.is_remembering()
+    caching(enabled=False)
+    assert not remember.is_remembering()
+    with pytest.raises(ZeroDivisionError), caching:
+        raise ZeroDivisionError
+    assert not remember.is_remembering()
+    assert caching.enabled is True
+    assert caching.prev_value is None
+
+
+# -- signatures -------------------------------------------------------------------------------------------------------
+
+
+def _wrapped(namespace, model, task=None):
+    return namespace.get_peft_model(model, namespace.LoraConfig(task_type=task, target_modules=["c_attn"]))
+
+
+@pytest.mark.parametrize("method", ["forward", "generate", "all"])
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_signatures_are_taken_over(tiny_gpt2, method, task):
+    tiny_gpt2.eval()
+    mine, real = _wrapped(own, copy.deepcopy(tiny_gpt2), task), _wrapped(peft, tiny_gpt2, task)
+    ours.update_signature(mine, method)
+    theirs.update_signature(real, method)
+    for name in ("forward", "generate"):
+        found, expected = getattr(mine, name), getattr(real, name)
+        if method in (name, "all") and not (name == "forward" and task):
+            assert inspect.signature(found) == inspect.signature(expected)
+            assert found.__doc__ == expected.__doc__
+    x = torch.randint(3, 30, (2, 4))
+    torch.testing.assert_close(mine(input_ids=x).logits, real(input_ids=x).logits)
+    assert mine.generate(input_ids=x, max_new_tokens=2, do_sample=False).shape == (2, 6)
+    torch.testing.assert_close(copy.deepcopy(mine)(input_ids=x).logits, mine(input_ids=x).logits)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(mine))(input_ids=x).logits, mine(input_ids=x).logits)
+
+
+def test_what_names_its_arguments_is_left_alone(tiny_gpt2):
+    model = _wrapped(own, tiny_gpt2, "CAUSAL_LM")
+    before = model.forward
+    ours.update_forward_signature(model)
+    assert model.forward == before
+    assert "forward" not in vars(model)
+
+
+def test_a_model_that_cannot_generate():
+    model = own.get_peft_model(nn.Sequential(nn.Linear(2, 2)), own.LoraConfig(target_modules=["0"]))
+    ours.update_signature(model)
+    assert model(torch.ones(1, 2)).shape == (1, 2)
+    for module in (ours, theirs):
+        with pytest.raises(ValueError, match="backward"):
+            module.update_signature(model, "backward")
+
+
+TASKS = ["CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "FeatureExtraction"]
+
+
+@pytest.mark.parametrize("task", [*TASKS, "Seq2SeqLM"])
+def test_trainers_find_the_same_arguments(task):
+    """A trainer drops the columns that the signature of ``forward`` does not name."""
+    mine, real = (inspect.signature(getattr(space, f"PeftModelFor{task}").forward).parameters for space in (own, peft))
+    assert set(real) <= set(mine)
+
+
+# -- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def test_whether_something_is_an_adapter(tmp_path):
+    written = Written(tmp_path / "adapter")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter_config.json").write_text("{")
+    for path in (written.folder, tmp_path / "broken", tmp_path / "nothing", tmp_path):
+        assert ours.check_if_peft_model(str(path)) is theirs.check_if_peft_model(str(path))
+    assert ours.check_if_peft_model(written.folder)
+
+
+class _Trainer:
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss = torch.tensor(float(sum(kwargs.values())))
+        return (loss, inputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("return_outputs", [False, True])
+def test_the_mixin_of_monteclora_adds_nothing_without_it(tmp_path, return_outputs):
+    written = Written(tmp_path)
+    results = []
+    for module, model in ((ours, loaded(written)), (theirs, pefts(written))):
+        trainer = type("T", (module.MontecloraTrainerMixin, _Trainer), {})()
+        results.append(trainer.compute_loss(model, {"x": 1}, return_outputs, num_items_in_batch=3))
+    assert results[0] == results[1] == ((torch.tensor(3.0), {"x": 1}) if return_outputs else torch.tensor(3.0))
+    model = loaded(written)
+    model.peft_config["default"].monteclora_config = {"num_samples": 2}
+    with pytest.raises(NotAvailableError, match="monteclora_config"):
+        type("T", (ours.MontecloraTrainerMixin, _Trainer), {})().compute_loss(model, {})
