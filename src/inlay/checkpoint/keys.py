@@ -156,7 +156,11 @@ def _shared(tree: Tree, adapter: str) -> Iterator[Target]:
     for slot in tree.state.records[adapter].shared.values():
         holder, attribute = slot_holder(tree.state.shared, adapter, *slot.place)
         memory = ROOT_PREFIX if tree.wrapped else ""
-        yield _target(slot, ROOT_PREFIX, memory, holder, attribute, adapter, (), "shared", _first_device(tree, adapter))
+        target = _target(
+            slot, ROOT_PREFIX, memory, holder, attribute, adapter, (), "shared", _first_device(tree, adapter)
+        )
+        target.aliases += (f"{MODEL_PREFIX}{target.key}",)  # as transformers saves a model with injected adapters
+        yield target
 
 
 def _first_device(tree: Tree, adapter: str) -> torch.device | None:

@@ -6,7 +6,7 @@ The update of an expert's fused matrix ``[W1; W3]`` is block-diagonal in B: with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from inlay.core.banks import Bank, Layout, layout_of, stem
 from inlay.core.parameter import ParameterLayer, parameter_layers
 from inlay.errors import CheckpointError
 
-__all__ = ["banks_in", "migrated", "nested", "stacked"]
+__all__ = ["banks_in", "block_diagonal", "migrated", "nested", "packed", "renamed", "stacked"]
 
 
 def migrated(tree: Tree, index: KeyIndex, tensors: Mapping[str, Tensor], adapter: str) -> Mapping[str, Tensor]:
@@ -155,20 +155,33 @@ def packed(B: Tensor) -> Tensor:
     return B.permute(1, 2, 0).flatten(1)
 
 
+def block_diagonal(tensors: Sequence[Tensor]) -> Tensor:
+    """Return banks (experts, out, r) as one (experts, sum of out, sum of r) with each in a block of its own.
+
+    Raises:
+        CheckpointError: they have different numbers of experts.
+    """
+    if len({tensor.shape[0] for tensor in tensors}) != 1:
+        raise CheckpointError(f"banks of {[tensor.shape[0] for tensor in tensors]} experts cannot be joined")
+    return torch.stack([torch.block_diag(*matrices) for matrices in zip(*tensors, strict=True)])
+
+
 def _factors(bank: Bank, A: dict[tuple[int, int], Tensor], B: dict[tuple[int, int], Tensor]) -> tuple[Tensor, Tensor]:
     """Return A as (experts, r, in) and B as (experts, out, r), block-diagonal; absent layers are zeros."""
-    parts = range(len(bank.parts))
-    some = {part: next(iter(place for place in A if place[1] == part), None) for part in parts}
-    ranks = [max((a.shape[0] for (_, p), a in A.items() if p == part), default=0) for part in parts]
-    outs = [0 if (place := some[part]) is None else B[place].shape[0] for part in parts]
-    outs = [out or max(outs) for out in outs]
     first = next(iter(A.values()))
-    down = first.new_zeros(bank.experts, sum(ranks), first.shape[1])
-    up = first.new_zeros(bank.experts, sum(outs), sum(ranks))
-    for (expert, part), a in A.items():
-        r, row, column = a.shape[0], sum(outs[:part]), sum(ranks[:part])
-        if a.shape[1] != down.shape[2] or B[expert, part].shape[0] != outs[part]:
-            raise CheckpointError(f"expert {expert} of {bank.path!r}: {bank.parts[part]!r} has another size")
-        down[expert, column : column + r] = a
-        up[expert, row : row + outs[part], column : column + r] = B[expert, part]
-    return down, up
+    outs = {part: b.shape[0] for (_, part), b in reversed(B.items())}
+    down, up = [], []
+    for part in range(len(bank.parts)):
+        rank = max((a.shape[0] for (_, p), a in A.items() if p == part), default=0)
+        out = outs.get(part, max(outs.values()))
+        down.append(first.new_zeros(bank.experts, rank, first.shape[1]))
+        up.append(first.new_zeros(bank.experts, out, rank))
+        for (expert, p), a in A.items():
+            b = B[expert, p]
+            if p != part:
+                continue
+            if a.shape[1] != first.shape[1] or b.shape[0] != out:
+                raise CheckpointError(f"expert {expert} of {bank.path!r}: {bank.parts[part]!r} has another size")
+            down[part][expert, : a.shape[0]] = a
+            up[part][expert, :, : a.shape[0]] = b
+    return torch.cat(down, 1), block_diagonal(up)

@@ -60,7 +60,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     "utils.peft_types": ("inlay.config.types", "inlay.compat.tuners.own"),
     "utils.quantization_utils": ("inlay.compat.quantization",),
     "utils.save_and_load": ("inlay.checkpoint", "inlay.models.base_weights", "inlay.compat.save_and_load"),
-    "utils.transformers_weight_conversion": ("inlay.compat.weight_conversion",),
+    "utils.transformers_weight_conversion": ("inlay.compat.weight_conversion", "inlay.compat.conversion_steps"),
     "utils.warning": ("inlay.compat.errors",),
 }
 

@@ -21,7 +21,7 @@ from inlay.core.patterns import layer_index, matcher, pattern_key
 from inlay.core.targets import ALL_LINEAR, Place, base_parameters, places, shortened
 from inlay.errors import TargetError
 
-__all__ = ["Bank", "Layout", "layout_of", "retargeted", "stem"]
+__all__ = ["Bank", "Layout", "layout_of", "retargeted", "stacking", "stem"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Layout:
     _renamings: list[Any] = field(default_factory=list)
     _back: list[Any] | None = None
 
+    @property
+    def present_differs(self) -> bool:
+        """Whether anything changed."""
+        return bool(self.banks or self._renamings)
+
     def present(self, path: str) -> str:
         """Return what a path of earlier code is called now."""
         for renaming in self._renamings:
@@ -83,7 +88,7 @@ def layout_of(model: nn.Module) -> Layout:
     """Return what changed in a model's code since earlier releases of transformers; nothing for any other model."""
     conversions = _conversions(model)
     layout = Layout([], [c for c in conversions if not hasattr(c, "operations")])
-    stacked = [found for c in conversions if (found := _stacking(c)) is not None]
+    stacked = [found for c in conversions if (found := stacking(c)) is not None]
     parameters = base_parameters(model)
     blocks = set()
     for name, parameter in parameters.items() if stacked else ():
@@ -110,7 +115,7 @@ def _conversions(model: nn.Module) -> list[Any]:
     return list(get(model)) if get is not None and own is not None and isinstance(model, own) else []
 
 
-def _stacking(conversion: Any) -> tuple[str, tuple[str, ...]] | None:
+def stacking(conversion: Any) -> tuple[str, tuple[str, ...]] | None:
     """Return what a conversion stacks: the parameter's dotted ending and the names of the layers in an expert."""
     steps = [type(step).__name__ for step in getattr(conversion, "operations", ())]
     if steps not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) or len(conversion.target_patterns) != 1:
