@@ -45,7 +45,21 @@ def merge(
     for name in names:
         state.record(name)
     layers = [layer for layer in state.layers() if isinstance(layer, AdaptedLayer)]
-    return merge_layers(layers, names, keep=keep, progress=progress)
+    done: list[tuple[AdaptedLayer, list[str]]] = []
+    try:
+        for layer in layers:
+            wanted = [name for name in names if name in layer.entries and name not in layer._merged]
+            if layer.merges_itself and wanted:
+                done.append((layer, wanted))
+                layer.merge(safe_merge=True, adapter_names=wanted)
+        rest = [layer for layer in layers if not layer.merges_itself]
+        merged = merge_layers(rest, names, keep=keep, progress=progress)
+    except BaseException:
+        for layer, _ in done:
+            if layer.merged:
+                layer.unmerge()
+        raise
+    return [name for name in names if name in merged or any(name in wanted for _, wanted in done)]
 
 
 def merge_layers(
@@ -118,14 +132,17 @@ def unmerge(state: State) -> bool:
     """
     layers = [layer for layer in state.layers() if isinstance(layer, AdaptedLayer) and layer.merged]
     for layer in layers:
-        if not layer._kept:
+        if not layer._kept and not layer.merges_itself:
             raise StateError(
                 f"{layer.site.name!r}: the original weight was not kept when adapters were merged (keep='none'), so it "
                 "cannot be put back exactly"
             )
     settle()
     for layer in layers:
-        layer.restore()
+        if layer.merges_itself:
+            layer.unmerge()
+        else:
+            layer.restore()
     return bool(layers)
 
 

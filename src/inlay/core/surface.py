@@ -51,8 +51,6 @@ class LayerSurface(Follower):
 
         def restore(self) -> None: ...
 
-    # -- who is on ----------------------------------------------------------------------------------------------------
-
     @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters merged into the base layer, in the order of merging."""
@@ -98,8 +96,6 @@ class LayerSurface(Follower):
     @_disable_adapters.setter
     def _disable_adapters(self, disabled: bool) -> None:
         self.override(enabled=not disabled)
-
-    # -- what is here -------------------------------------------------------------------------------------------------
 
     def _each(self, names: Iterable[str] | None = None) -> Iterator[Entry]:
         """Iterate over the entries of some adapters, by default of all."""
@@ -159,8 +155,6 @@ class LayerSurface(Follower):
     def fan_in_fan_out(self) -> bool:
         """Whether the base layer stores its weight as (in, out)."""
         return self.site.transposed and self.site.parameter is None
-
-    # -- weights ------------------------------------------------------------------------------------------------------
 
     def get_base_weight(self) -> Tensor:
         """Return the base layer's weight as it stands, as plain numbers in its stored shape, without gradient."""
@@ -225,6 +219,11 @@ class LayerSurface(Follower):
     def enable_adapters(self, enabled: bool) -> None:
         """Switch every adapter of this layer on or off; it no longer follows the model's switch."""
         self.override(enabled=enabled)
+
+    @property
+    def merges_itself(self) -> bool:
+        """Whether a subclass has a ``merge`` or ``unmerge`` of its own, which merging the model is to call."""
+        return False
 
     def receive(self, adapter_name: str, method: Method, mount: Callable[[], None]) -> None:
         """Take in a new adapter, whose tensors ``mount`` hangs below this layer; a subclass may do more."""

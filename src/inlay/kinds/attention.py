@@ -128,6 +128,21 @@ class AttentionLayer(AdaptedLayer):
         found = self.base_layer._modules["out_proj"]
         return found if isinstance(found, AdaptedLayer) else None
 
+    @property
+    def _parts(self) -> list[AdaptedLayer]:
+        return [self] if self.output is None else [self, self.output]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the input and the output projections, by default the active ones."""
+        from inlay.core.merge import merge_layers
+
+        merge_layers(self._parts, list(self.active) if adapter_names is None else adapter_names)
+
+    def unmerge(self) -> None:
+        """Put the original weights of both projections back, bitwise."""
+        for part in self._parts:
+            part.restore()
+
     def _run(self, chain: tuple[Entry, ...], args: tuple[Any, ...], kwargs: dict[str, Any], off: bool = False) -> Any:
         after: dict[str, Tensor] = {}
         if self.output is not None:

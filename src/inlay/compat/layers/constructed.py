@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.compat.layers.making import bound, method_for, own_config
+from inlay.compat.layers.making import bound, complete, method_for, own_config
 from inlay.compat.layers.table import Recorded
+from inlay.compat.layers.variants import VariantMembers, give_variant
 from inlay.compat.layers.viewing import LayerView
-from inlay.core.affine import Affine
+from inlay.core.affine import Affine, Site
 from inlay.core.build import build, build_shared
 from inlay.core.entry import Entry
 from inlay.core.hanging import dismount, hang
@@ -27,8 +28,9 @@ from inlay.core.state import Record, State, check_adapter_name
 from inlay.core.targets import Place
 from inlay.core.tied import tied_placement
 from inlay.errors import MergeError, TargetError
+from inlay.kinds.attention import AttentionLayer, Output, OutputLayer
 
-__all__ = ["ConstructedLayer", "adopt", "attach"]
+__all__ = ["ConstructedLayer", "adopt", "attach", "take"]
 
 
 def attach(
@@ -123,6 +125,44 @@ def adopt(layer: AdaptedLayer, state: State, path: str) -> None:
     state.touch()
 
 
+def take(
+    layer: AdaptedLayer, entry: Recorded, known: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Give a layer an adapter from the arguments of ``update_layer`` of a class of PEFT.
+
+    Args:
+        layer: any of the engine's.
+        entry: the class.
+        known: further arguments, by name.
+        args, kwargs: as they were passed.
+    """
+    given = known | bound(entry.update_signature, args, kwargs)
+    complete(entry, given)
+    adapter = given["adapter_name"]
+    before = next((e.options["on_input"] for e in layer._each() if "on_input" in e.options), None)
+    if before is not None:
+        given.setdefault("is_feedforward", before)
+    config = own_config(given["config"], given)
+    method = method_for(entry.peft_type, entry.name, config)(config)
+    shared = {}
+    for role, slot in method.shared_slots([layer.site]).items():
+        holder = given.get(slot.place[0][0])
+        if holder is not None and len(holder):
+            shared[role] = holder[adapter] if adapter in holder else next(iter(holder.values()))
+    targets = [layer]
+    if isinstance(layer, AttentionLayer) and layer.output is not None:
+        targets.append(layer.output)
+    for target in targets:
+        attach(target, adapter, method, shared or None, tied=given.get("tied_adapter") or None)
+        target.set_adapter(list(layer.active), inference_mode=config.inference_mode)
+    _vary(layer, adapter, given["config"])
+
+
+def _vary(layer: AdaptedLayer, adapter: str, config: Any) -> None:
+    if isinstance(layer, VariantMembers):
+        give_variant(layer, adapter, config)
+
+
 class ConstructedLayer(AdaptedLayer, metaclass=LayerView):
     """Base of PEFT's layer classes that are modules (``lora.Linear``, ``ia3.Conv2d``, ...).
 
@@ -136,10 +176,13 @@ class ConstructedLayer(AdaptedLayer, metaclass=LayerView):
         entry: Recorded = self._recorded
         given = bound(entry.init_signature, args, kwargs)
         base = given.pop("base_layer")
-        self._completed(given)
+        complete(entry, given)
         method_for(entry.peft_type, entry.name, given["config"])
-        kind = self._kind_of(base, given)
-        super().__init__(base, kind, kind.site(given.get("parameter_name", ""), base), State(policy=PEFT))
+        kind, site = self._place_of(base, given)
+        super().__init__(base, kind, site, State(policy=PEFT))
+        if isinstance(self, AttentionLayer) and self.output is None:  # it reads this layer, which is adapted with it
+            out = base._modules["out_proj"]
+            base._modules["out_proj"] = OutputLayer(out, Output(), Output().site("out_proj", out), self.state)
         self.kwargs = {name: value for name, value in kwargs.items() if name not in entry.init_signature.parameters}
         wanted = entry.update_signature.parameters
         self.__dict__["_given"] = given
@@ -153,8 +196,8 @@ class ConstructedLayer(AdaptedLayer, metaclass=LayerView):
             del self.__dict__["_given"]
 
     @classmethod
-    def _kind_of(cls, base: nn.Module, given: dict[str, Any]) -> Kind:
-        """Return the kind of a base layer that this class stands on.
+    def _place_of(cls, base: nn.Module, given: dict[str, Any]) -> tuple[Kind, Site]:
+        """Return the kind and the shape of a base layer that this class stands on.
 
         Raises:
             TargetError: it is none of this class's.
@@ -166,11 +209,7 @@ class ConstructedLayer(AdaptedLayer, metaclass=LayerView):
                 f"{cls.__name__}: base_layer expected to be a layer of the kind {' or '.join(allowed)}, found "
                 f"{type(base).__name__}"
             )
-        return kind
-
-    @classmethod
-    def _completed(cls, given: dict[str, Any]) -> None:
-        """Turn arguments of a form of their own into the usual ones, in place."""
+        return kind, kind.site("", base)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """Give this layer a further adapter; those that are active stay so. PEFT's classes differ in the arguments.
@@ -180,32 +219,17 @@ class ConstructedLayer(AdaptedLayer, metaclass=LayerView):
             UnsupportedError: the method refuses the layer.
         """
         pending: Callable[[], None] | None = self.__dict__.pop("_pending", None)
-        if pending is not None:  # a model puts the adapter in, and has made its tensors already
+        if pending is None:
+            take(self, self._recorded, self.__dict__.get("_given", {}), args, kwargs)
+        else:  # a model puts the adapter in, and has made its tensors already
             pending()
-            return
-        entry: Recorded = self._recorded
-        given = self.__dict__.get("_given", {}) | bound(entry.update_signature, args, kwargs)
-        self._completed(given)
-        adapter_name = given["adapter_name"]
-        if "is_feedforward" not in given and self.entries and "on_input" in next(self._each()).options:
-            given["is_feedforward"] = next(self._each()).options["on_input"]
-        config = own_config(given["config"], given)
-        method = method_for(entry.peft_type, entry.name, config)(config)
-        attach(self, adapter_name, method, self._shared_of(method, adapter_name, given))
-        self.set_adapter(list(self.active), inference_mode=config.inference_mode)
-
-    def _shared_of(self, method: Method, adapter: str, given: dict[str, Any]) -> dict[str, Tensor] | None:
-        """Return the shared tensors among the arguments, which hold them by adapter name."""
-        found = {}
-        for role, slot in method.shared_slots([self.site]).items():
-            holder = given.get(slot.place[0][0])
-            if holder is not None and len(holder):
-                found[role] = holder[adapter] if adapter in holder else next(iter(holder.values()))
-        return found or None
+            given = bound(self._recorded.update_signature, args, kwargs)
+            _vary(self, given["adapter_name"], given["config"])
 
     def receive(self, adapter_name: str, method: Method, mount: Callable[[], None]) -> None:
         if not _overrides(self, "update_layer"):
             mount()
+            _vary(self, adapter_name, method.config)
             return
         self.__dict__["_pending"] = mount
         wanted = self._recorded.update_signature.parameters
@@ -220,14 +244,24 @@ class ConstructedLayer(AdaptedLayer, metaclass=LayerView):
         return _overrides(self, "merge") or _overrides(self, "unmerge")
 
     def fold(self, chain: tuple[Entry, ...], dtype: torch.dtype | None = None, whole: bool = False) -> Affine:
-        if not _overrides(self, "get_delta_weight"):
+        variants = self.__dict__.get("lora_variant") or {}
+        own_delta = _overrides(self, "get_delta_weight")
+        if not own_delta and not variants:
             return super().fold(chain, dtype, whole)
         layer = self.present_affine(whole)
         layer = layer if dtype is None else layer.to(dtype)
+        base = layer
         for entry in chain:
-            update = self.kind.to_matrix(self.site, self.get_delta_weight(entry.name)).to(layer.weight.dtype)
-            bias = entry.method.rewrite(entry.site, self.params(entry), layer, layer).bias
-            layer = Affine(layer.weight + update, bias)
+            if entry.name in variants:
+                stored = self.kind.from_matrix(self.site, layer.weight)
+                merged = variants[entry.name].merge_safe(self, entry.name, stored)
+                layer = Affine(self.kind.to_matrix(self.site, merged), layer.bias)
+                continue
+            rewritten = entry.method.rewrite(entry.site, self.params(entry), layer, base)
+            if own_delta:
+                update = self.kind.to_matrix(self.site, self.get_delta_weight(entry.name)).to(layer.weight.dtype)
+                rewritten = Affine(layer.weight + update, rewritten.bias)
+            layer = rewritten
         return layer
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from inlay.compat.layers.table import Recorded
 from inlay.core.affine import Site
 from inlay.core.kind import Kind, kind_of
 from inlay.core.method import Method
 from inlay.core.registry import method_class
 from inlay.errors import ConfigTypeError, NotAvailableError, UnknownMethodError
 
-__all__ = ["bound", "kind_and_site", "method_for", "own_config"]
+__all__ = ["bound", "complete", "kind_and_site", "method_for", "own_config", "widths"]
 
 # arguments that stand for config fields, and win over them
 _FIELDS = ("r", "lora_alpha", "alpha", "n_frequency")
@@ -38,8 +39,23 @@ def bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str,
     return given
 
 
+def complete(entry: Recorded, given: dict[str, Any]) -> None:
+    """Make a config of arguments that may stand for one, in place: a dict of fields, or the fields themselves.
+
+    Raises:
+        NotAvailableError: the method is not built yet.
+        ConfigError: the fields are not allowed.
+    """
+    config = given.get("config")
+    if config is not None and not isinstance(config, dict):
+        return
+    wanted = method_for(entry.peft_type, entry.name, None).config_class
+    fields = config or {f.name: given[f.name] for f in dataclasses.fields(wanted) if f.init and f.name in given}
+    given["config"] = wanted(**fields)
+
+
 def method_for(peft_type: str | None, name: str, config: Any) -> type[Method]:
-    """Return the method that carries out a config, for a class of that method.
+    """Return the method that carries out a config, for a class of that method; without a config, the method.
 
     Raises:
         NotAvailableError: the method is not built yet.
@@ -49,6 +65,8 @@ def method_for(peft_type: str | None, name: str, config: Any) -> type[Method]:
         method = method_class(peft_type)
     except UnknownMethodError:
         raise NotAvailableError(f"{name}: {peft_type} is not available in this version of Inlay yet") from None
+    if config is None:
+        return method
     if not isinstance(config, method.config_class):
         raise ConfigTypeError(
             f"{name}: config expected to be a {method.config_class.__name__}, found {type(config).__name__}"
@@ -87,3 +105,24 @@ def kind_and_site(layer: Any, base: nn.Module) -> tuple[Kind | None, Site]:
             "update_layer, because no layer kind knows the base layer's shape"
         )
     return None, Site("", "linear", out, channels)
+
+
+_WIDTHS = (
+    ("in_features", "out_features"),
+    ("in_channels", "out_channels"),
+    ("num_embeddings", "embedding_dim"),
+    ("infeatures", "outfeatures"),
+    ("input_size", "output_size"),
+)
+
+
+def widths(base: Any) -> tuple[int | None, int | None]:
+    """Return the input and output features that a layer says of itself, or None and None."""
+    if isinstance(base, nn.MultiheadAttention):
+        return base.embed_dim, 3 * base.embed_dim
+    if type(base).__name__ == "Conv1D":
+        return int(base.weight.shape[0]), int(base.weight.shape[1])
+    for pair in _WIDTHS:
+        if all(hasattr(base, name) for name in pair):
+            return getattr(base, pair[0]), getattr(base, pair[1])
+    return None, None

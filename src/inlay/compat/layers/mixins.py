@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from inlay.compat.layers.base import BaseTunerLayer
-from inlay.compat.layers.making import bound, kind_and_site, method_for, own_config
+from inlay.compat.layers.making import bound, kind_and_site, method_for, own_config, widths
 from inlay.compat.layers.table import Recorded
 from inlay.core.dtype import merge_dtype
 from inlay.core.entry import find_tensor
@@ -56,19 +56,7 @@ class TensorLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
-        self._take_widths(base_layer)
-
-    def _take_widths(self, base: Any) -> None:
-        """Set ``in_features`` and ``out_features`` from what the base layer says of itself."""
-        base = self.get_base_layer()
-        for pair in _WIDTHS:
-            if all(hasattr(base, name) for name in pair):
-                self.in_features, self.out_features = (getattr(base, name) for name in pair)
-                return
-        if isinstance(base, nn.MultiheadAttention):
-            self.in_features, self.out_features = base.embed_dim, 3 * base.embed_dim
-        elif type(base).__name__ == "Conv1D":
-            self.in_features, self.out_features = base.weight.shape
+        self.in_features, self.out_features = widths(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Give this layer an adapter's tensors and numbers, as the method's slots say.
@@ -108,15 +96,6 @@ class TensorLayer(BaseTunerLayer):
                 getattr(self, name)[adapter] = nn.Dropout(p) if p > 0.0 else nn.Identity()
             elif hasattr(config, name):
                 getattr(self, name)[adapter] = getattr(config, name)
-
-
-_WIDTHS = (
-    ("in_features", "out_features"),
-    ("in_channels", "out_channels"),
-    ("num_embeddings", "embedding_dim"),
-    ("infeatures", "outfeatures"),
-    ("input_size", "output_size"),
-)
 
 
 def _filled(slot: Slot) -> torch.Tensor:

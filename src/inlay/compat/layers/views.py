@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from importlib import import_module
+from functools import lru_cache, partial
 from typing import Any
 
 from torch import nn
 
+from inlay.compat.layers import lora, others
 from inlay.compat.layers.base import BaseTunerLayer
-from inlay.compat.layers.constructed import ConstructedLayer
+from inlay.compat.layers.constructed import ConstructedLayer, take
 from inlay.compat.layers.mixins import TensorLayer, holder_of
 from inlay.compat.layers.table import Recorded, recorded, same_family, view_of
 from inlay.compat.layers.tokens import TokenMembers
@@ -25,9 +25,12 @@ __all__ = ["provide"]
 _ENGINE: dict[str, type[AdaptedLayer]] = {"attention": AttentionLayer, "stacked": ParameterLayer}
 
 
-def provide(home: str, name: str) -> type[Any] | None:
-    """Return what stands for a class that PEFT's module ``home`` defines, or None where it is no layer class."""
+def provide(home: str, name: str) -> Any:
+    """Return what stands for a name that PEFT's module ``home`` defines, or None where it is none of the layers'."""
     full = f"{home}.{name}"
+    for module in (lora, others):
+        if full in module.FURTHER:
+            return module.FURTHER[full]
     if full == "tuners.tuners_utils.BaseTunerLayer":
         return BaseTunerLayer
     return _made(full) if full in recorded() else None
@@ -38,9 +41,7 @@ def _made(full: str) -> type[Any]:
     entry = recorded()[full]
     above = [BaseTunerLayer if base not in recorded() else _made(base) for base in entry.bases]
     bases: list[type[Any]] = []
-    members = _members(full)
-    if members is not None:
-        bases.append(members)
+    bases += [module.MEMBERS[full] for module in (lora, others) if full in module.MEMBERS]
     if entry.is_module and (entry.kinds or not entry.home.endswith(".layer")):
         if not any(issubclass(base, ConstructedLayer) for base in above):
             engine = [_ENGINE[kind] for kind in entry.kinds if kind in _ENGINE]
@@ -89,13 +90,6 @@ def kind_of_entry(entry: Any) -> str | None:
     return str(getattr(peft_type, "value", peft_type))
 
 
-def _members(full: str) -> type[Any] | None:
-    """Return what a class has beside what its record says."""
-    module = "lora" if full.startswith("tuners.lora.") else "others"
-    found: type[Any] | None = getattr(import_module(f"inlay.compat.layers.{module}"), "MEMBERS", {}).get(full)
-    return found
-
-
 def _source(layer: AdaptedLayer, name: str) -> Any:
     """Return what PEFT's class for a layer has under a name: a method, a property, or an empty dict of weights."""
     for peft_type in dict.fromkeys(map(kind_of_entry, layer._each())):
@@ -104,6 +98,8 @@ def _source(layer: AdaptedLayer, name: str) -> Any:
         full = None if peft_type is None else view_of(peft_type, layer.kind.name)
         if full is None:
             continue
+        if name == "update_layer":
+            return partial(_update, layer, recorded()[full])
         for cls in _made(full).__mro__:
             if name in cls.__dict__ and not issubclass(cls, nn.Module) and cls is not object:
                 found = cls.__dict__[name]
@@ -112,6 +108,11 @@ def _source(layer: AdaptedLayer, name: str) -> Any:
         if name in entry.weights or name in entry.others:
             return holder_of(name, name in entry.weights)
     return NotImplemented
+
+
+def _update(layer: AdaptedLayer, entry: Recorded, *args: Any, **kwargs: Any) -> None:
+    """Give one layer of a model a further adapter, as PEFT's ``update_layer`` does."""
+    take(layer, entry, {}, args, kwargs)
 
 
 attribute_sources.append(_source)
