@@ -1,6 +1,7 @@
 """Combining adapters into new ones, and making low-rank factors of what others learned."""
 
-from inlay.combine.svd import energy_rank, factorise
+from inlay.combine.change import change_of, lora_factors, no_lora_at
+from inlay.combine.intruders import reduce_intruder_dimension
 from inlay.combine.weighted import add_weighted
 
-__all__ = ["add_weighted", "energy_rank", "factorise"]
+__all__ = ["add_weighted", "change_of", "lora_factors", "no_lora_at", "reduce_intruder_dimension"]

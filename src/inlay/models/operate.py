@@ -19,6 +19,7 @@ from inlay.core.policy import Policy
 from inlay.core.state import State
 from inlay.core.targets import places
 from inlay.errors import ConfigTypeError, InlayWarning, NoTargetError, UnsupportedError
+from inlay.models.progress import shown
 from inlay.models.root import mark, unmark
 
 __all__ = ["activate", "add", "apply", "listed", "merge_into", "remove", "set_enabled", "take_out", "unmerge_all"]
@@ -204,26 +205,12 @@ def merge_into(
         raise ConfigTypeError(f"adapter_names: expected a list of names, found the string {names!r}")
     wanted = list(state.active if names is None else names)
     already = [name for name in wanted if name in merged_names(state)]
-    done = merge(state, wanted, keep=keep, progress=_progress if progressbar else None)
+    done = merge(state, wanted, keep=keep, progress=lambda work: shown(work, "Merging", on=progressbar))
     idle = [name for name in already if name not in done]
     if idle:
         warnings.warn(f"{', '.join(map(repr, idle))} is merged already", InlayWarning, stacklevel=3)
     elif not wanted:
         warnings.warn("no adapter is active, so nothing was merged", InlayWarning, stacklevel=3)
-
-
-def _progress(work: Sequence[Any]) -> Iterable[Any]:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return _counted(work)
-    return tqdm(work, desc="Merging", unit="layer")
-
-
-def _counted(work: Sequence[Any]) -> Iterable[Any]:
-    for number, item in enumerate(work, 1):
-        print(f"merging layer {number} of {len(work)}", flush=True)
-        yield item
 
 
 def merged_names(state: State) -> list[str]:

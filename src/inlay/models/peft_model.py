@@ -77,17 +77,17 @@ class PeftModel(PushToHub, Wrapper):
         return getattr(self.get_base_model(), "dtype", None)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether every layer of an adapter has an update that a LoRA could approximate.
+        """Whether every layer of an adapter has an update that :func:`inlay.convert_to_lora` approximates.
 
         Raises:
             UnknownAdapterError: there is no such adapter.
         """
+        from inlay.combine import no_lora_at
+
         self.state.record(adapter_name)
-        layers = (layer for layer in self.state.layers() if isinstance(layer, AdaptedLayer))
-        entries = [entry for layer in layers for entry in layer.entries.get(adapter_name, ())]
-        return bool(entries) and all(
-            entry.method.mergeable and not entry.site.experts and entry.site.parameter is None for entry in entries
-        )
+        layers = [layer for layer in self.state.layers() if isinstance(layer, AdaptedLayer)]
+        held = [layer for layer in layers if adapter_name in layer.entries]
+        return bool(held) and all(no_lora_at(layer, adapter_name) is None for layer in held)
 
     def save_pretrained(
         self,

@@ -139,8 +139,14 @@ class AdapterModel(nn.Module):
         from inlay.combine import add_weighted
 
         options = (svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
-        if add_weighted(self.model, self.state, adapters, weights, adapter_name, combination_type, *options):
-            mark(self.model, self.state)
+        self.add_computed(
+            lambda model, state: add_weighted(model, state, adapters, weights, adapter_name, combination_type, *options)
+        )
+
+    def add_computed(self, make: Callable[[nn.Module, State], object]) -> None:
+        """Let ``make`` put an adapter into the bare model that it computes from others."""
+        make(self.model, self.state)
+        mark(self.model, self.state)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter or several; see :meth:`inlay.PeftModel.set_adapter`."""
