@@ -20,7 +20,7 @@ from inlay.config import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from inlay.core.state import check_adapter_name
 from inlay.errors import CheckpointError
 
-__all__ = ["save_adapters"]
+__all__ = ["save_adapters", "write_tensors"]
 
 
 def save_adapters(
@@ -76,7 +76,7 @@ def save_adapters(
     with Commit() as commit:
         for name in names:
             folder = root / adapter_folder(name)
-            _write_tensors(tensors[name], commit.stage(folder / weights), safe_serialization)
+            write_tensors(tensors[name], commit.stage(folder / weights), safe_serialization)
             commit.stage_removal(folder / other)  # a reader would take the old one
             commit.stage_text(folder / CONFIG_NAME, configs[name].to_json())
         card = root / "README.md"
@@ -102,7 +102,7 @@ def saved_config(tree: Tree, name: str) -> Any:
     return config
 
 
-def _write_tensors(tensors: Mapping[str, Tensor], path: Path, safe: bool) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, safe: bool) -> None:
     """Write tensors each in full; aliases and views get memory of their own."""
     seen: set[tuple[torch.device, int]] = set()
     own: dict[str, Tensor] = {}

@@ -14,6 +14,7 @@ COMMANDS = {
     "plan": "inlay.cli.plan",
     "inspect": "inlay.cli.inspect",
     "merge": "inlay.cli.merge",
+    "export": "inlay.cli.export",
     "generate": "inlay.cli.generate",
     "predict": "inlay.cli.predict",
 }

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inlay.errors import ConfigError
+
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from inlay.checkpoint.serving import Finding
     from inlay.cli.inspection import AdapterReport
 
 BROKEN = 1
@@ -20,11 +23,30 @@ BROKEN = 1
 def command(
     path: Annotated[Path, typer.Argument(help="Adapter folder, or a .safetensors or .bin file")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
+    server: Annotated[
+        str | None, typer.Option("--for", help="Hold the folder against a server's rules: vllm, sglang or llama.cpp")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the base model, with --for; default: the one the adapter names")
+    ] = None,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="What the server is started with; default: its own default")
+    ] = None,
+    server_version: Annotated[
+        str | None, typer.Option(help="The server's release, with --for; default: rules of every release in use")
+    ] = None,
 ) -> None:
     """Show method, base, sites, ranks and update norms of an adapter; no base model is needed.
 
-    Exit code 1 means that tensors hold NaN or infinity or that a tensor's counterpart is missing.
+    Exit code 1 means that tensors hold NaN or infinity or that a tensor's counterpart is missing; with --for, that
+    the server would refuse the adapter or compute something else than was trained.
     """
+    if server is not None:
+        _serving(path, server, as_json, base, max_lora_rank, server_version)
+        return
+    for name, given in (("base", base), ("max-lora-rank", max_lora_rank), ("server-version", server_version)):
+        if given is not None:
+            raise ConfigError(f"--{name}: expected with --for SERVER, found without it")
     from inlay.cli.inspection import inspect_adapter
 
     report = inspect_adapter(path)
@@ -34,6 +56,54 @@ def command(
         _show(report)
     if report.broken:
         raise typer.Exit(BROKEN)
+
+
+def _serving(
+    path: Path, server: str, as_json: bool, base: Path | None, max_lora_rank: int | None, version: str | None
+) -> None:
+    from inlay.checkpoint.serving import check, problems
+
+    findings = check(path, server, base=base, max_lora_rank=max_lora_rank, version=version)
+    wrong = problems(findings)
+    if as_json:
+        listed = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"path": str(path), "for": server, "served": not wrong, "findings": listed}, indent=2))
+    else:
+        _show_findings(path, server, findings, wrong)
+    if wrong:
+        raise typer.Exit(BROKEN)
+
+
+def _show_findings(path: Path, server: str, findings: list[Finding], wrong: list[Finding]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    verdict = f"[red]{len(wrong)} in the way[/]" if wrong else "[green]every rule is kept[/]"
+    console.print(f"{path} for {server}: {verdict}", soft_wrap=True)
+    if console.is_terminal:
+        console.print(_finding_table(findings))
+        return
+    for finding in findings:  # one line each, for whoever greps
+        console.print(f"{finding.severity}: {finding.rule}: {finding.looks_at}", soft_wrap=True, markup=False, end="")
+        if finding in wrong:
+            details = f": {finding.found}; {finding.says}. Remedy: {finding.mend}"
+        else:
+            details = f" ({finding.says})" if finding.says else ""
+        console.print(details, soft_wrap=True, markup=False)
+
+
+def _finding_table(findings: list[Finding]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "rule", "found", "what the server does", "remedy"):
+        table.add_column(title, overflow="fold")
+    styles = {"fine": "green", "refused": "red", "wrong result": "bold red"}
+    for finding in findings:
+        cells = (finding.rule, finding.found or finding.looks_at, finding.says, finding.mend)
+        table.add_row(Text(finding.severity, styles[finding.severity]), *map(Text, cells))
+    return table
 
 
 def _finite(value: Any) -> Any:
