@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
 from inlay.config import PeftConfig
 from inlay.core.policy import PEFT
+from inlay.errors import InlayWarning
 from inlay.models.entry import get_peft_config, inject_bare, wrap
 from inlay.models.peft_model import PeftModel
 
@@ -46,5 +48,16 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: dict[str, Tensor] | None = None,
 ) -> Any:
-    """Put an adapter into a model, in place and without a wrapper; see :func:`inlay.inject_adapter_in_model`."""
-    return inject_bare(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict, policy=PEFT)
+    """Put an adapter into a model, in place and without a wrapper; see :func:`inlay.inject_adapter_in_model`.
+
+    The adapter's tensors have the dtype of the model. Warns where the model has adapters already, as PEFT does.
+    """
+    held: Any = getattr(model, "peft_config", None)
+    if held and adapter_name not in held:
+        warnings.warn(
+            f"{type(model).__name__} has adapters already ({', '.join(map(repr, held))}); "
+            f"{adapter_name!r} is added to them",
+            InlayWarning,
+            stacklevel=2,
+        )
+    return inject_bare(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict, policy=PEFT, autocast=False)

@@ -116,10 +116,13 @@ def inject_bare(
     state_dict: dict[str, Tensor] | None,
     *,
     policy: Policy,
+    autocast: bool = True,
 ) -> nn.Module:
     """Do what :func:`inject_adapter_in_model` does, under a policy."""
     root = model.get_base_model() if isinstance(model, PeftModel) else model
-    state = operate.add(root, config, name, policy=policy, low_memory=low_memory, state_dict=state_dict)
+    state = operate.add(
+        root, config, name, policy=policy, autocast=autocast, low_memory=low_memory, state_dict=state_dict
+    )
     operate.activate(state, name)
     return model
 
