@@ -183,6 +183,8 @@ class ModuleCopies(Follower):
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Let an adapter's copy run here, whatever is active elsewhere; it trains unless ``inference_mode``.
 
+        Inference mode leaves its gradients as they are; under PEFT's policy it switches them off.
+
         Raises:
             UnsupportedError: several names were given.
             UnknownAdapterError: there is no adapter of that name.
@@ -197,8 +199,8 @@ class ModuleCopies(Follower):
                 self.state.record(name)
         self.set_requires_grad(self.active_adapters, False)
         self.override(active=names)
-        if not inference_mode:
-            self.set_requires_grad(names)
+        if not inference_mode or self.state.policy.peft_layers:
+            self.set_requires_grad(names, not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Let the active copy run here, or the original; this module no longer follows the model's switch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -141,17 +142,17 @@ class LayerSurface(Follower):
         """Return the sorted names of the adapters that have anything here."""
         return sorted(self.entries)
 
-    @property
+    @cached_property
     def in_features(self) -> int:
         """Input features or channels of the base layer."""
         return int(getattr(self.base_layer, "in_features", self.site.all_channels))
 
-    @property
+    @cached_property
     def out_features(self) -> int:
         """Output features or channels of the base layer."""
         return int(getattr(self.base_layer, "out_features", self.site.out))
 
-    @property
+    @cached_property
     def fan_in_fan_out(self) -> bool:
         """Whether the base layer stores its weight as (in, out)."""
         return self.site.transposed and self.site.parameter is None
@@ -165,15 +166,16 @@ class LayerSurface(Follower):
         """Write other numbers, of the stored shape, into the base layer's weight."""
         storage.write(self.leaf_layer, self.kind.weight_name, weight_data)
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
+    def get_delta_weight(self, adapter: str = "", *, adapter_name: str = "") -> Tensor:
         """Return what an adapter adds to the weight, with its scaling, in the weight's stored shape.
 
-        A method that multiplies the weight gives the matrix it multiplies with.
+        A method that multiplies the weight gives the matrix it multiplies with. PEFT has either name for the argument.
 
         Raises:
             UnknownAdapterError: it has nothing here.
             UnsupportedError: the method has no such matrix, or the layer's weight cannot hold it.
         """
+        adapter = adapter or adapter_name
         entries = self.entries.get(adapter, ())
         if not entries:
             known = ", ".join(map(repr, self.entries)) or "none"
@@ -183,9 +185,9 @@ class LayerSurface(Follower):
         return entries[0].method.delta_weight(entries[0].site, self.params(entries[0]))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether an adapter only adds a matrix to the weight, which LoRA could approximate."""
-        entries = self.entries.get(adapter_name, ())
-        return bool(entries) and all(entry.method.additive and entry.method.mergeable for entry in entries)
+        """Whether an adapter only adds a matrix to the weight of a linear layer, which LoRA could approximate."""
+        entries = self.entries.get(adapter_name, ()) if self.kind.name == "linear" else ()
+        return bool(entries) and all(entry.method.commutes and entry.method.mergeable for entry in entries)
 
     def get_base_layer(self) -> nn.Module:
         """Return the untouched layer."""

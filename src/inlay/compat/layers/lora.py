@@ -14,7 +14,7 @@ from inlay.compat.layers.making import widths
 from inlay.compat.layers.parameters import ParamMembers
 from inlay.compat.layers.variants import FURTHER as _VARIANTS
 from inlay.compat.layers.variants import VariantMembers
-from inlay.compat.layers.viewing import Own, listed
+from inlay.compat.layers.viewing import Derived, Own, listed
 from inlay.core.call import opened
 from inlay.core.layer import AdaptedLayer
 from inlay.core.route import split_rows
@@ -29,7 +29,6 @@ class LoraMembers(VariantMembers):
     """What every LoRA layer has, the engine's and users' own."""
 
     ephemeral_gpu_offload = False
-    kwargs: Any = Own(dict)
     _caches: Any = Own(dict)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int | None, int | None]:
@@ -181,7 +180,7 @@ class LoraMembers(VariantMembers):
 class LinearMembers:
     """Beside that, of linear layers."""
 
-    @property
+    @Derived
     def is_target_conv_1d_layer(self: Any) -> bool:
         """Whether the base layer stores its weight as (in, out)."""
         return bool(self.fan_in_fan_out)
@@ -204,11 +203,15 @@ class EmbeddingMembers:
 class ConvMembers:
     """Beside that, of convolutions."""
 
-    @property
+    @Derived
     def _kernel_dim(self: Any) -> int:
         return int(self.get_base_layer().weight.dim())
 
-    @property
+    def _get_dora_factor_view(self: Any) -> tuple[int, ...]:
+        """Return the shape in which a factor for each output multiplies a kernel."""
+        return (-1, *[1] * (self._kernel_dim - 1))
+
+    @Derived
     def conv_fn(self: Any) -> Any:
         """The function that convolves."""
         return getattr(torch.nn.functional, f"conv{self._kernel_dim - 2}d")

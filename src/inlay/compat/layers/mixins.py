@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -11,15 +12,17 @@ from torch import nn
 from inlay.compat.layers.base import BaseTunerLayer
 from inlay.compat.layers.making import bound, kind_and_site, method_for, own_config, widths
 from inlay.compat.layers.table import Recorded
+from inlay.compat.layers.viewing import Own
 from inlay.core.dtype import merge_dtype
 from inlay.core.entry import find_tensor
 from inlay.core.hanging import hang
 from inlay.core.kind import Holder
+from inlay.core.layer import AdaptedLayer
 from inlay.core.method import P
 from inlay.core.slot import Slot
 from inlay.kinds.linear import Linear
 
-__all__ = ["MODULE_DICTS", "TensorLayer", "holder_of"]
+__all__ = ["MODULE_DICTS", "TensorLayer", "holder_of", "refill"]
 
 # names of PEFT's that hold modules by adapter name; the others hold parameters
 MODULE_DICTS = {"lora_A", "lora_B", "lora_magnitude_vector", "oft_R", "oft_embedding_R", "ln_tuning_layers"} | {
@@ -38,6 +41,8 @@ class TensorLayer(BaseTunerLayer):
     """Base of the mixins of all methods (``LoraLayer``, ``IA3Layer``, ...). Subclasses say which in ``_recorded``."""
 
     _recorded: Any = None
+    kwargs: Any = Own(dict)
+    _taken: Any = Own(dict)  # adapter name -> (method, site), of layers that users write
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         entry: Recorded = self._recorded
@@ -82,6 +87,7 @@ class TensorLayer(BaseTunerLayer):
             present = kind.read(base, site)
             with torch.no_grad():
                 method.prepare(site, p, present.to(merge_dtype(present.weight.dtype)))
+        self._taken[adapter_name] = (method, site)
         self._note(adapter_name, method.options(site), config, method.dropout_field)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -96,6 +102,27 @@ class TensorLayer(BaseTunerLayer):
                 getattr(self, name)[adapter] = nn.Dropout(p) if p > 0.0 else nn.Identity()
             elif hasattr(config, name):
                 getattr(self, name)[adapter] = getattr(config, name)
+
+
+@torch.no_grad()
+def refill(layer: Any, adapter: str, **fields: Any) -> None:
+    """Give an adapter's tensors fresh initial values, with other values for some fields of its config.
+
+    Args:
+        layer: the engine's or a user's.
+        adapter: its name; nothing happens where the layer does not have it.
+        fields: what differs from the config.
+    """
+    if isinstance(layer, AdaptedLayer):
+        held = [(entry.method, entry.site) for entry in layer._each([adapter])]
+    else:
+        held = [layer._taken[adapter]] if adapter in layer._taken else []
+    for method, site in held:
+        fresh = type(method)(dataclasses.replace(method.config, **fields))
+        for slot in fresh.slots(site).values():
+            if not slot.buffer:
+                tensor = find_tensor(layer, adapter, *slot.place)
+                tensor.copy_(_filled(slot))
 
 
 def _filled(slot: Slot) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from inlay.core.follow import Follower
 
-__all__ = ["LayerView", "Own", "listed", "require_grad"]
+__all__ = ["Derived", "LayerView", "Own", "listed", "require_grad"]
 
 
 class LayerView(ABCMeta):
@@ -27,6 +27,17 @@ class LayerView(ABCMeta):
         if claims is None or not isinstance(instance, Follower):
             return False
         return bool(claims.__get__(None, cls)(instance))
+
+
+class Derived:
+    """A property that users' subclasses may set for themselves."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type[Any]) -> Any:
+        return self if instance is None else self._function(instance)
 
 
 def listed(names: str | Iterable[str]) -> list[str]:

@@ -51,7 +51,7 @@ def _made(full: str) -> type[Any]:
     elif not any(issubclass(base, TensorLayer) for base in above):
         bases.append(TensorLayer)
     bases += above
-    bases = [one for one in bases if not any(other is not one and issubclass(other, one) for other in bases)]
+    bases = [one for one in bases if not any(other is not one and one in other.__mro__ for other in bases)]
     namespace: dict[str, Any] = {
         "__module__": f"inlay.compat.peft.{entry.home}",
         "__qualname__": entry.name,
