@@ -50,6 +50,10 @@ def old_shapes(model: nn.Module, family: str, targets: list[str]) -> dict[str, t
     return found
 
 
+def _in_layers(path: str, layers: list[int] | None) -> bool:
+    return layers is None or any(f".layers.{number}." in path for number in layers)
+
+
 def write_old_adapter(
     folder: Path,
     model: nn.Module,
@@ -71,6 +75,8 @@ def write_old_adapter(
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for path, (_, _, _, matrix) in old_shapes(model, family, targets).items():
+        if not _in_layers(path, fields.get("layers_to_transform")):
+            continue
         out, channels = matrix.shape
         rank = (ranks or {}).get(path.rpartition(".")[2], r)
         key = f"base_model.model.{path}"
@@ -93,6 +99,8 @@ def merged_by_hand(model: Any, family: str, folder: Path) -> Any:
     model = model.double()
     with torch.no_grad():
         for path, (_, _, _, matrix) in old_shapes(model, family, config["target_modules"]).items():
+            if not _in_layers(path, config.get("layers_to_transform")):
+                continue
             A = tensors[f"base_model.model.{path}.lora_A.weight"].double()
             B = tensors[f"base_model.model.{path}.lora_B.weight"].double()
             rank = A.shape[0]

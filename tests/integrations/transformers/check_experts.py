@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
     "dropout": ("Mixtral", {}, ["q_proj", "w1", "w2", "w3"], {"lora_dropout": 0.1}),
     "qwen2": ("Qwen2Moe", {}, ["q_proj", "gate_proj", "up_proj", "down_proj"], {}),
     "qwen3": ("Qwen3Moe", {}, ["v_proj", "gate_proj", "up_proj", "down_proj", "gate"], {}),
+    "some layers": ("Mixtral", {}, ["q_proj", "w1", "w2", "w3"], {"layers_to_transform": [1]}),
     "dense layer": ("Qwen3Moe", DENSE, ["q_proj", "gate_proj", "up_proj", "down_proj"], {}),
 }
 # what peft refuses, and only an adapter with its tensors can answer
