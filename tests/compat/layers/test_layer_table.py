@@ -60,6 +60,11 @@ def test_weights_and_parameters_are_named_as_in_peft(full: str) -> None:
         kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         if [p.kind for p in there.parameters.values()][1:] != list(kinds):
             assert list(signature.parameters) == list(there.parameters)
+            if entry.kinds:
+                here = inspect.signature(getattr(get(OURS, full), name)).parameters
+                assert [(p.name, p.kind) for p in here.values()] == [
+                    (p.name, p.kind) for p in there.parameters.values()
+                ]
 
 
 @pytest.mark.parametrize("case", CASES)

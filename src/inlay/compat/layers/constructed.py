@@ -171,12 +171,14 @@ class ConstructedLayer(AdaptedLayer, metaclass=LayerView):
     """
 
     _recorded: Any = None
+    _deferred: Any = False  # whether the first adapter comes by a call of update_layer, and not with the layer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         entry: Recorded = self._recorded
         given = bound(entry.init_signature, args, kwargs)
         base = given.pop("base_layer")
-        complete(entry, given)
+        if not self._deferred:
+            complete(entry, given)
         method_for(entry.peft_type, entry.name, given["config"])
         kind, site = self._place_of(base, given)
         super().__init__(base, kind, site, State(policy=PEFT))
@@ -184,6 +186,9 @@ class ConstructedLayer(AdaptedLayer, metaclass=LayerView):
             out = base._modules["out_proj"]
             base._modules["out_proj"] = OutputLayer(out, Output(), Output().site("out_proj", out), self.state)
         self.kwargs = {name: value for name, value in kwargs.items() if name not in entry.init_signature.parameters}
+        if self._deferred:
+            self.state.active = (given["adapter_name"],)
+            return
         wanted = entry.update_signature.parameters
         self.__dict__["_given"] = given
         try:

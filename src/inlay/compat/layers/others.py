@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from inlay.compat.layers.lora import ConvMembers, LinearMembers
 from inlay.compat.layers.mixins import refill
+from inlay.compat.layers.viewing import Derived
 from inlay.core.entry import AdapterTensors
 from inlay.core.inner import Inner
 from inlay.methods.oft import nearest_divisor
@@ -63,7 +64,7 @@ class IA3Members:
         """Set an adapter's factors to 1."""
         refill(self, adapter_name, init_ia3_weights=True)
 
-    @property
+    @Derived
     def is_feedforward(self: Any) -> bool:
         """Whether the factors act on the layer's input."""
         return any(_numbers(self, "on_input").values())
@@ -76,18 +77,18 @@ class FourierFTMembers:
         """Draw an adapter's spectrum anew, from a standard normal distribution."""
         refill(self, adapter_name, init_weights=False)
 
-    @property
+    @Derived
     def fourierft_scaling(self: Any) -> dict[str, float]:
         """Scale by adapter name."""
         return _numbers(self, "scaling")
 
-    @property
+    @Derived
     def fourierft_random_loc_seed(self: Any) -> dict[str, int]:
         """Seed that the frequencies are drawn from, by adapter name."""
         held = [entry for entry in self._each() if "fourierft_n_frequency" in entry.options]
         return {entry.name: entry.method.config.random_loc_seed for entry in held}
 
-    @property
+    @Derived
     def indices(self: Any) -> dict[str, Tensor]:
         """Places (row, column) of the trained frequencies, (2, n), by adapter name."""
         places = self.fourierft_places
@@ -134,7 +135,7 @@ class OFTMembers:
         """Return the divisor of ``in_features`` closest to a wish, the smaller of two."""
         return nearest_divisor(in_features, params)
 
-    @property
+    @Derived
     def oft_dropout(self: Any) -> nn.ModuleDict:
         """What drops blocks, by adapter name; the method does so itself, so that these change nothing."""
         return nn.ModuleDict({name: nn.Identity() for name in _numbers(self, "oft_block_size")})
@@ -151,12 +152,14 @@ class VeraMembers:
 class TokensMembers:
     """Of trainable tokens as a method of its own."""
 
+    _deferred = True  # PEFT's constructor leaves the tensors to update_layer
+
     @property
     def tied_adapter(self: Any) -> Any:
         """The layer whose rows this one uses, or None."""
         return next((entry.home for entry in self._each() if entry.home is not None), None)
 
-    @property
+    @Derived
     def trainable_tokens_original(self: Any) -> dict[str, Tensor]:
         """Rows of the base layer that adapters replace, by adapter name."""
         table = self.kind.from_matrix(self.site, self.base_affine().weight).detach()

@@ -146,11 +146,6 @@ class VariantMembers:
         super().delete_adapter(adapter_name)  # type: ignore[misc]
         self.lora_variant.pop(adapter_name, None)
 
-    def supports_lora_conversion(self: Any, adapter_name: str = "default") -> bool:
-        """Whether an adapter adds a matrix that LoRA could approximate."""
-        variant = self.lora_variant.get(adapter_name)
-        return True if variant is None else bool(variant.supports_lora_conversion())
-
 
 class _LoraParameterProxy(nn.Module):
     """A parametrisation that adds an update to a parameter (``torch.nn.utils.parametrize``).

@@ -30,14 +30,20 @@ class LayerView(ABCMeta):
 
 
 class Derived:
-    """A property that users' subclasses may set for themselves."""
+    """A property that users' layers may set for themselves, also to a module."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self._function = function
         self.__doc__ = function.__doc__
 
+    def __set_name__(self, owner: type[Any], name: str) -> None:
+        self._name = name
+
     def __get__(self, instance: Any, owner: type[Any]) -> Any:
-        return self if instance is None else self._function(instance)
+        if instance is None:
+            return self
+        held = instance.__dict__.get("_modules", {})
+        return held[self._name] if self._name in held else self._function(instance)
 
 
 def listed(names: str | Iterable[str]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+import inspect
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 from torch import nn
@@ -60,10 +61,34 @@ def _made(full: str) -> type[Any]:
         "_view": True,
         "_claims": staticmethod(_Claims(entry)),
     }
-    if not entry.is_module:
+    if any(issubclass(base, ConstructedLayer) for base in bases):
+        for name, signature in (("__init__", entry.init_signature), ("update_layer", entry.update_signature)):
+            namespace[name] = _signed(getattr(ConstructedLayer, name), signature)
+    else:
         namespace |= {"adapter_layer_names": entry.weights, "other_param_names": entry.others}
+    if nn.Module in bases:
+        namespace["__init__"] = _start
     made: type[Any] = LayerView(entry.name, tuple(bases), namespace)
     return made
+
+
+def _signed(function: Any, signature: inspect.Signature) -> Any:
+    """Return a function that does the same and says that it takes what PEFT's takes."""
+
+    @wraps(function)
+    def signed(self: Any, *args: Any, **kwargs: Any) -> None:
+        function(self, *args, **kwargs)
+
+    signed.__signature__ = signature  # type: ignore[attr-defined]
+    return signed
+
+
+def _start(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Set up a mixin that is a module itself: by itself, or below the engine's layer, which passes nothing."""
+    if args or kwargs:
+        TensorLayer.__init__(self, *args, **kwargs)
+    else:
+        nn.Module.__init__(self)
 
 
 class _Claims:
