@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from inlay.core.layer import AdaptedLayer
-from inlay.core.mount import ModuleCopies
+from inlay.core.follow import follower_of
 from inlay.core.shared import shared_names
 from inlay.core.state import State, find_state
 from inlay.errors import StateError
@@ -133,7 +132,7 @@ def _walk(bare: nn.Module, memory: str) -> Iterator[Node]:
         below: list[Node] = []
         for name, held in _children(node.module):
             module, passed = unwrapped(held)
-            added = isinstance(node.module, (AdaptedLayer, ModuleCopies))
+            added = follower_of(node.module) is not None
             below.append(
                 Node(
                     module,
@@ -147,12 +146,9 @@ def _walk(bare: nn.Module, memory: str) -> Iterator[Node]:
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     passed = shared_names(module)
+    follower = follower_of(module)
     for name, child in module._modules.items():
-        if child is None or (isinstance(module, AdaptedLayer) and name != "base_layer"):
-            continue
-        if isinstance(module, ModuleCopies) and name != "original_module":
-            continue
-        if name in passed:
+        if child is None or name in passed or (follower is not None and name != follower.base_attribute):
             continue
         yield name, child
 

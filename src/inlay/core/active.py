@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from inlay.core.entry import find_tensor
-from inlay.core.mount import ModuleCopies
 from inlay.core.state import State
 from inlay.errors import StateError
 
@@ -19,13 +18,11 @@ def _parameters(state: State, names: Iterable[str]) -> Iterator[tuple[nn.Paramet
     names = list(names)
     for layer in state.layers():
         for name in names:
-            if isinstance(layer, ModuleCopies):
-                copy = layer.modules_to_save._modules.get(name)
-                if copy is not None:
-                    yield from ((parameter, True) for parameter in copy.parameters())
-            else:
-                for entry in layer.entries.get(name, ()):
-                    yield from entry.parameters(layer)
+            yield from layer.parameters_of(name)
+    yield from _shared(state, names)
+
+
+def _shared(state: State, names: Iterable[str]) -> Iterator[tuple[nn.Parameter, bool]]:
     for name in names:
         for slot in state.records[name].shared.values():
             tensor = find_tensor(state.shared, name, *slot.place)
@@ -43,7 +40,10 @@ def set_trainable(state: State, names: Iterable[str], trainable: bool = True) ->
     names = list(names)
     for name in names:
         state.record(name)
-    for parameter, may_train in _parameters(state, names):
+    for layer in state.layers():
+        for name in names:
+            layer.train_adapter(name, trainable)
+    for parameter, may_train in _shared(state, names):
         if may_train and parameter.is_floating_point():
             parameter.requires_grad_(trainable)
 
@@ -61,9 +61,9 @@ def set_active(state: State, names: Iterable[str], trainable: bool | None = None
         raise StateError(f"an adapter can be active once only, found {list(wanted)}")
     for layer in state.layers():
         layer.check_active(wanted)
+    state.active = wanted
     for layer in state.layers():
         layer.follow()
-    state.active = wanted
     state.touch()
     if trainable is not None:
         set_trainable(state, [name for name in state.records if name not in wanted], False)

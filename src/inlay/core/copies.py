@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from inlay.core.follow import follower_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
 from inlay.core.patterns import matcher
@@ -62,7 +63,8 @@ def plan_copies(made: Plan, everything: list[Place]) -> None:
                 "could stand in for; name the modules inside it"
             )
         inner = [path for path, module in _adapted(place.module, place.path) if module is not place.module]
-        if isinstance(place.module, AdaptedLayer) or inner:
+        covered = any(follower_of(parent) is not None for parent, _ in place.parents)  # by a layer that others wrote
+        if isinstance(place.module, AdaptedLayer) or covered or inner:
             adapted = inner[0] if inner else place.path
             raise TargetError(
                 f"modules_to_save: {place.path!r} cannot be trained in full, because {adapted!r} is adapted by another "
@@ -77,11 +79,7 @@ def plan_copies(made: Plan, everything: list[Place]) -> None:
 def _adapted(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     if isinstance(module, ModuleCopies):  # an earlier adapter's copies are no part of the original
         return []
-    return [
-        (f"{path}.{name}", child)
-        for name, child in module.named_modules()
-        if isinstance(child, (AdaptedLayer, ModuleCopies))
-    ]
+    return [(f"{path}.{name}", child) for name, child in module.named_modules() if follower_of(child) is not None]
 
 
 def covering(made: Plan, path: str) -> str | None:

@@ -7,16 +7,15 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from inlay.core.hanging import dismount, drop_shared
+from inlay.core.follow import Follower
+from inlay.core.hanging import drop_shared
 from inlay.core.layer import AdaptedLayer
-from inlay.core.mount import ModuleCopies
 from inlay.core.readers import restore_readers
 from inlay.core.shared import register_shared, unregister_shared
 from inlay.core.state import State
-from inlay.core.targets import base_parameters, places
+from inlay.core.targets import Place, base_parameters, standing
 from inlay.errors import MergeError
 from inlay.parallel.fsdp import refuse_shell, settle
-from inlay.parallel.hooks import lower
 from inlay.parallel.tensors import scatter
 
 __all__ = ["delete", "eject", "restore_grad"]
@@ -31,13 +30,10 @@ def delete(model: nn.Module, state: State, name: str) -> None:
     """
     state.record(name)
     for layer in state.layers():
-        if name in layer._merged:
-            raise MergeError(f"adapter {name!r} is merged into {layer.site.name!r}; unmerge it before deleting it")
+        if name in layer.merged_names:
+            raise MergeError(f"adapter {name!r} is merged into {layer.site_path!r}; unmerge it before deleting it")
     for layer in list(state.layers()):
-        if isinstance(layer, ModuleCopies):
-            layer.modules_to_save._modules.pop(name, None)
-        else:
-            dismount(layer, name)
+        layer.drop_adapter(name)
     _take_out_empty(model, state)
     restore_readers(model)
     if len(state.records) == 1:
@@ -63,17 +59,19 @@ def _put_back(model: nn.Module, state: State, names: Iterable[str]) -> None:
 
 def _take_out_empty(model: nn.Module, state: State) -> None:
     """Put the original module back where no adapter is left."""
-    for place in places(model):
-        if isinstance(place.module, AdaptedLayer) and not place.module.entries:
-            refuse_shell(place.path, place.module)
-            original = _lowered(place.module, restore=False)
-        elif isinstance(place.module, ModuleCopies) and not place.module.modules_to_save._modules:
-            original = place.module.original_module
-        else:
+    for place, follower in standing(model):
+        if follower.adapters_here():
             continue
+        _refuse_shell(place, follower)
+        original = follower.taken_out(restore=False)
         for parent, name in place.parents:
             setattr(parent, name, original)
-        state.leave(place.module)
+        state.leave(follower)
+
+
+def _refuse_shell(place: Place, follower: Follower) -> None:
+    if isinstance(follower, AdaptedLayer):
+        refuse_shell(place.path, follower)
 
 
 def eject(model: nn.Module, state: State, *, restore: bool = True) -> nn.Module:
@@ -82,18 +80,12 @@ def eject(model: nn.Module, state: State, *, restore: bool = True) -> nn.Module:
     Args:
         restore: also give back what training changed in the base (biases); False keeps it, as after a merge.
     """
-    everything = places(model)
-    for place in everything:
-        if isinstance(place.module, AdaptedLayer):
-            refuse_shell(place.path, place.module)
+    found = standing(model)
+    for place, follower in found:
+        _refuse_shell(place, follower)
     settle()
-    for place in everything:
-        if isinstance(place.module, AdaptedLayer):
-            original = _lowered(place.module, restore)
-        elif isinstance(place.module, ModuleCopies):
-            original = place.module.original_module if restore else place.module.current()
-        else:
-            continue
+    for place, follower in found:
+        original = follower.taken_out(restore)
         for parent, name in place.parents:
             setattr(parent, name, original)
     restore_readers(model)
@@ -118,15 +110,6 @@ def _end_replication(model: nn.Module, state: State) -> None:
     if state.replication is not None:
         state.replication.restore(model)
         state.replication = None
-
-
-def _lowered(layer: AdaptedLayer, restore: bool) -> nn.Module:
-    """Return the base layer, with what tensor parallelism hangs on it, and unmerged if it is to be restored."""
-    if restore:
-        layer.restore()
-    below = layer.base_layer
-    lower(layer, below)
-    return _lowered(below, restore) if isinstance(below, AdaptedLayer) else below
 
 
 def restore_grad(model: nn.Module, before: dict[str, bool]) -> None:

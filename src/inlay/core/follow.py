@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from inlay.core.call import opened
 from inlay.core.state import State
 from inlay.errors import RoutingError
 
-__all__ = ["Follower"]
+__all__ = ["Follower", "follower_of"]
 
 
 class Follower(nn.Module):
-    """Base of the modules that adapters put into a model: adapted layers and modules with full copies."""
+    """Base of what adapters put into a model: adapted layers, modules with full copies, and layers that others wrote.
+
+    The first two stand in the model themselves. A layer that others wrote does so too, and a follower that hangs beside
+    it answers for it (:func:`follower_of`).
+
+    A follower that stands in the model answers for the attributes of what it covers, so the names here are such as no
+    layer has.
+
+    Class attributes:
+        base_attribute: the attribute that holds the module that was there before.
+    """
+
+    base_attribute: ClassVar[str]
 
     def join(self, state: State) -> None:
         """Follow ``state``, with nothing of one's own and nothing merged."""
@@ -24,6 +36,11 @@ class Follower(nn.Module):
         own["_own_active"] = None
         own["_own_enabled"] = None
         own["_merged"] = ()
+        state.enter(self)
+
+    def change_state(self, state: State) -> None:
+        """Follow another state, with everything as it is."""
+        self.__dict__["_state"] = state
         state.enter(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -60,9 +77,74 @@ class Follower(nn.Module):
             self.__dict__["_own_enabled"] = enabled
         self.state.touch()
 
+    # -- what each class says of itself ---------------------------------------------------------------------------
+
+    @property
+    def standing(self) -> nn.Module:
+        """The module in the model that this answers for."""
+        return self
+
+    @property
+    def site_path(self) -> str:
+        """Where it stands in the model without adapters."""
+        raise NotImplementedError
+
+    def move_below(self, before: str) -> None:
+        """Put ``before`` in front of its path: the model became a part of a larger one."""
+        raise NotImplementedError
+
+    def adapters_here(self) -> list[str]:
+        """Return the adapters that have anything here, in the order of adding."""
+        raise NotImplementedError
+
     def has(self, adapter: str) -> bool:
         """Whether an adapter has anything here."""
+        return adapter in self.adapters_here()
+
+    def parameters_of(self, adapter: str) -> Iterator[tuple[nn.Parameter, bool]]:
+        """Iterate over an adapter's parameters here, with whether each may train."""
         raise NotImplementedError
+
+    def tensors_of(self, adapter: str) -> list[Tensor]:
+        """Return an adapter's tensors here."""
+        raise NotImplementedError
+
+    @property
+    def type_name(self) -> str:
+        """What a status calls it."""
+        return type(self.standing).__name__
+
+    def saved_tensors(self, adapter: str) -> Iterator[tuple[str, nn.Module, str]]:
+        """Iterate over tensors that no slot and no copy describes: (name below the module, holder, attribute)."""
+        return iter(())
+
+    def disk_key(self, key: str, adapter: str) -> str:
+        """Return what a checkpoint calls one of :meth:`saved_tensors`, whose whole name in the model is ``key``."""
+        return key
+
+    def drop_adapter(self, adapter: str) -> None:
+        """Take out what an adapter has here."""
+        raise NotImplementedError
+
+    def taken_out(self, restore: bool) -> nn.Module:
+        """Return what is to stand here without adapters, unmerged if ``restore``."""
+        raise NotImplementedError
+
+    def train_adapter(self, adapter: str, trainable: bool) -> None:
+        """Switch an adapter's gradients on or off here; what never trains stays off."""
+        for parameter, may_train in self.parameters_of(adapter):
+            if may_train and parameter.is_floating_point():
+                parameter.requires_grad_(trainable)
+
+    @property
+    def merged_names(self) -> tuple[str, ...]:
+        """Adapters that are merged into the base here, in the order of merging."""
+        return self.__dict__["_merged"]
+
+    @property
+    def merges_itself(self) -> bool:
+        """Whether it has a ``merge`` and ``unmerge`` of its own, which merging the model is to call."""
+        return False
 
     def called_by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run this module with the argument ``adapter_names``, an adapter for each sample of the batch.
@@ -98,3 +180,8 @@ class Follower(nn.Module):
         """The active adapter's name, or a list if it is not exactly one."""
         active = self.active
         return active[0] if len(active) == 1 else list(active)
+
+
+def follower_of(module: nn.Module) -> Follower | None:
+    """Return what answers for a module that adapters put into a model, or None for any other module."""
+    return module if isinstance(module, Follower) else module.__dict__.get("_follower")

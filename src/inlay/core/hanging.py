@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from inlay.core.entry import AdapterTensors
 from inlay.core.slot import Slot
 from inlay.core.state import State
-from inlay.core.surface import LayerSurface
+from inlay.core.holder import EntryHolder
 
 __all__ = ["container", "dismount", "drop_shared", "forget_unused", "hang"]
 
@@ -65,7 +65,7 @@ def container(layer: nn.Module, path: tuple[str, ...], cls: type[nn.Module]) -> 
     return holder
 
 
-def dismount(layer: LayerSurface, adapter: str) -> None:
+def dismount(layer: EntryHolder, adapter: str) -> None:
     """Drop everything that an adapter has at a layer; containers that end empty go too."""
     for entry in layer.entries.pop(adapter, ()):
         paths = [containers for _, containers, _ in entry.places]

@@ -6,11 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from inlay.core.layer import AdaptedLayer
-from inlay.core.mount import ModuleCopies
 from inlay.core.shared import register_shared, shared_names, unregister_shared
 from inlay.core.state import State, find_states
-from inlay.core.targets import places
+from inlay.core.targets import standing
 from inlay.errors import AdapterNameError, StateError
 
 __all__ = ["check_joinable", "joined", "offsets"]
@@ -52,10 +50,10 @@ def offsets(state: State, model: nn.Module) -> tuple[str, str]:
         What to put before the state's names (``model`` is larger than its root was), and what to put before the
         model's names (it is a part of it). At most one is not empty.
     """
-    for place in places(model):
-        if not isinstance(place.module, (AdaptedLayer, ModuleCopies)) or place.module.state is not state:
+    for place, follower in standing(model):
+        if follower.state is not state:
             continue
-        known = place.module.site.owner if isinstance(place.module, AdaptedLayer) else place.module.path
+        known = follower.site_path
         for path in (place.path, *place.aliases):
             if path == known:
                 return "", ""
@@ -91,14 +89,7 @@ def joined(model: nn.Module) -> State | None:
 def _rename(state: State, before: str) -> None:
     """Let the layers of a state know their paths from a larger root."""
     for layer in state.layers():
-        if isinstance(layer, ModuleCopies):
-            layer.__dict__["path"] = before + layer.path
-            continue
-        layer.shares = tuple(before + path for path in layer.shares)
-        layer.__dict__["site"] = layer.site.below(before)
-        for entries in layer.entries.values():
-            for entry in entries:
-                entry.site = entry.site.below(before)
+        layer.move_below(before)
 
 
 def _take_over(first: State, other: State, model: nn.Module) -> None:
@@ -109,8 +100,7 @@ def _take_over(first: State, other: State, model: nn.Module) -> None:
         for layer in other.layers():
             layer.override(enabled=layer.enabled)
     for layer in list(other.layers()):
-        layer.__dict__["_state"] = first
-        first.enter(layer)
+        layer.change_state(first)
     first.records |= other.records
     first.active += other.active
     first.base_grad |= other.base_grad

@@ -44,19 +44,19 @@ def merge(
     names = list(state.active if names is None else names)
     for name in names:
         state.record(name)
-    layers = [layer for layer in state.layers() if isinstance(layer, AdaptedLayer)]
-    done: list[tuple[AdaptedLayer, list[str]]] = []
+    done: list[tuple[Any, list[str]]] = []
     try:
-        for layer in layers:
-            wanted = [name for name in names if name in layer.entries and name not in layer._merged]
-            if layer.merges_itself and wanted:
+        for layer in state.layers():
+            wanted = [name for name in names if layer.merges_itself and layer.has(name)]
+            wanted = [name for name in wanted if name not in layer.merged_names]
+            if wanted:
                 done.append((layer, wanted))
                 layer.merge(safe_merge=True, adapter_names=wanted)
-        rest = [layer for layer in layers if not layer.merges_itself]
+        rest = [layer for layer in state.layers() if isinstance(layer, AdaptedLayer) and not layer.merges_itself]
         merged = merge_layers(rest, names, keep=keep, progress=progress)
     except BaseException:
         for layer, _ in done:
-            if layer.merged:
+            if layer.merged_names:
                 layer.unmerge()
         raise
     return [name for name in names if name in merged or any(name in wanted for _, wanted in done)]
@@ -130,9 +130,9 @@ def unmerge(state: State) -> bool:
     Raises:
         StateError: some layer was merged with ``keep="none"``; nothing is changed then.
     """
-    layers = [layer for layer in state.layers() if isinstance(layer, AdaptedLayer) and layer.merged]
+    layers = [layer for layer in state.layers() if layer.merged_names]
     for layer in layers:
-        if not layer._kept and not layer.merges_itself:
+        if not layer.merges_itself and not layer._kept:
             raise StateError(
                 f"{layer.site.name!r}: the original weight was not kept when adapters were merged (keep='none'), so it "
                 "cannot be put back exactly"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -87,8 +87,31 @@ class ModuleCopies(Follower):
             module = copied(self.original_module)
         self.modules_to_save._modules[name] = module
 
-    def has(self, adapter: str) -> bool:
-        return adapter in self.modules_to_save._modules
+    base_attribute = "original_module"
+
+    @property
+    def site_path(self) -> str:
+        return str(self.__dict__["path"])
+
+    def move_below(self, before: str) -> None:
+        self.__dict__["path"] = before + self.__dict__["path"]
+
+    def adapters_here(self) -> list[str]:
+        return list(self.modules_to_save._modules)
+
+    def parameters_of(self, adapter: str) -> Iterator[tuple[nn.Parameter, bool]]:
+        held = self.modules_to_save._modules.get(adapter)
+        for parameter in () if held is None else held.parameters():
+            yield parameter, True
+
+    def tensors_of(self, adapter: str) -> list[Tensor]:
+        return [parameter for parameter, _ in self.parameters_of(adapter)]
+
+    def drop_adapter(self, adapter: str) -> None:
+        self.modules_to_save._modules.pop(adapter, None)
+
+    def taken_out(self, restore: bool) -> nn.Module:
+        return self.original_module if restore else self.current()
 
     def copy_of(self, name: str) -> nn.Module:
         """Return an adapter's copy, or the original where it has none."""

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from inlay.core.layer import AdaptedLayer
-from inlay.core.mount import ModuleCopies
+from inlay.core.follow import follower_of
 
 __all__ = ["restore_readers", "silence_readers"]
 
@@ -33,11 +32,8 @@ def _readers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def _adapted(module: nn.Module) -> bool:
-    return any(
-        (isinstance(child, AdaptedLayer) and child.entries)
-        or (isinstance(child, ModuleCopies) and child.modules_to_save)
-        for child in module.modules()
-    )
+    followers = map(follower_of, module.modules())
+    return any(follower is not None and follower.adapters_here() for follower in followers)
 
 
 def silence_readers(model: nn.Module) -> Callable[[], None]:

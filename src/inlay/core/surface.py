@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from inlay.core import storage
 from inlay.core.call import call_of
 from inlay.core.entry import MergedNames
-from inlay.core.follow import Follower
+from inlay.core.holder import EntryHolder
 from inlay.errors import InlayWarning, MergeError, UnknownAdapterError, UnsupportedError, did_you_mean
 
 if TYPE_CHECKING:
-    from inlay.core.affine import Site
     from inlay.core.entry import Entry
     from inlay.core.kind import Kind
     from inlay.core.method import Method, P
@@ -30,7 +29,7 @@ __all__ = ["LayerSurface", "attribute_sources"]
 attribute_sources: list[Callable[[Any, str], Any]] = []
 
 
-class LayerSurface(Follower):
+class LayerSurface(EntryHolder):
     """Mixed into the adapted layer, which has ``entries``."""
 
     # what reads and writes a quantised base weight for PEFT's own layers; here the storages do it
@@ -39,18 +38,13 @@ class LayerSurface(Follower):
     cast_input_dtype_enabled: bool = True
 
     if TYPE_CHECKING:
-        entries: dict[str, tuple[Entry, ...]]
-        base_layer: nn.Module
         kind: Kind
-        site: Site
         _merged: tuple[str, ...]
 
         @property
         def leaf_layer(self) -> nn.Module: ...
 
         def params(self, entry: Entry, whole: bool = False) -> P: ...
-
-        def restore(self) -> None: ...
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -97,11 +91,6 @@ class LayerSurface(Follower):
     @_disable_adapters.setter
     def _disable_adapters(self, disabled: bool) -> None:
         self.override(enabled=not disabled)
-
-    def _each(self, names: Iterable[str] | None = None) -> Iterator[Entry]:
-        """Iterate over the entries of some adapters, by default of all."""
-        for name in self.entries if names is None else names:
-            yield from self.entries.get(name, ())
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
@@ -222,17 +211,9 @@ class LayerSurface(Follower):
         """Switch every adapter of this layer on or off; it no longer follows the model's switch."""
         self.override(enabled=enabled)
 
-    @property
-    def merges_itself(self) -> bool:
-        """Whether a subclass has a ``merge`` or ``unmerge`` of its own, which merging the model is to call."""
-        return False
-
     def receive(self, adapter_name: str, method: Method, mount: Callable[[], None]) -> None:
         """Take in a new adapter, whose tensors ``mount`` hangs below this layer; a subclass may do more."""
         mount()
-
-    def has(self, adapter: str) -> bool:
-        return adapter in self.entries
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: Iterable[str] | None = None) -> None:
         """Drop what an adapter has on this layer; elsewhere it stays.

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from inlay.core.follow import Follower, follower_of
 from inlay.core.kind import kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
 from inlay.core.shared import shared_names
 
-__all__ = ["ALL_LINEAR", "Place", "base_parameters", "linear_paths", "places", "shortened"]
+__all__ = ["ALL_LINEAR", "Place", "base_parameters", "linear_paths", "places", "shortened", "standing"]
 
 ALL_LINEAR = "all-linear"
 
@@ -44,22 +45,44 @@ def places(model: nn.Module) -> list[Place]:
     """Return every module of the model but the root, in the order of ``named_modules``.
 
     Adapters' own modules are passed over. A module that the model holds at several places has the first one's path.
+    Where a layer that others wrote stands over a module, that layer is the module's parent.
     """
+    return _found(model)[0]
+
+
+def standing(model: nn.Module) -> list[tuple[Place, Follower]]:
+    """Return what adapters put into the model, with its places; what stands over another thing comes after it."""
+    found, covers = _found(model)
+    answering = ((place, follower_of(place.module)) for place in (*found, *reversed(covers)))
+    return [(place, follower) for place, follower in answering if follower is not None]
+
+
+def _found(model: nn.Module) -> tuple[list[Place], list[Place]]:
+    """Return the places of modules, and those of the layers that others wrote over them."""
     found: dict[int, Place] = {}
+    covers: dict[int, Place] = {}
     todo = list(reversed(_children(model, "")))
     while todo:
         path, parent, name, module = todo.pop()
-        known = found.get(id(module))
+        known = found.get(id(module)) or covers.get(id(module))
         if known is not None:
             known.parents.append((parent, name))
             known.aliases.append(path)
             continue
-        found[id(module)] = Place(path, module, [(parent, name)], [])
+        place = Place(path, module, [(parent, name)], [])
+        follower = follower_of(module)
+        if follower is not None and follower is not module:
+            covers[id(module)] = place
+            below = module._modules.get(follower.base_attribute)
+            if below is not None:
+                todo.append((path, module, follower.base_attribute, below))
+            continue
+        found[id(module)] = place
         if isinstance(module, AdaptedLayer):
             todo.extend(reversed(_children(module.get_base_layer(), path)))
         elif not isinstance(module, ModuleCopies):
             todo.extend(reversed(_children(module, path)))
-    return list(found.values())
+    return list(found.values()), list(covers.values())
 
 
 def _children(parent: nn.Module, path: str) -> list[tuple[str, nn.Module, str, nn.Module]]:
@@ -79,11 +102,10 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     todo: list[tuple[str, nn.Module]] = [("", model)]
     while todo:
         path, module = todo.pop()
-        if isinstance(module, AdaptedLayer):
-            todo.append((path, module.get_base_layer()))
-            continue
-        if isinstance(module, ModuleCopies):
-            todo.append((path, module.original_module))
+        follower = follower_of(module)
+        if follower is not None:
+            below = module._modules.get(follower.base_attribute)
+            todo += [] if below is None else [(path, below)]
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in seen:

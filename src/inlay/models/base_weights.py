@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from inlay.checkpoint.tree import Tree
+from inlay.core.follow import follower_of
 from inlay.errors import CheckpointMismatchError, MergeError, did_you_mean
 from inlay.models.operate import merged_names
 
@@ -79,6 +80,8 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
         raise MergeError(f"{', '.join(map(repr, merged))} is merged into the base weights; unmerge it first")
     found: dict[str, Tensor] = {}
     for node in tree.nodes:
+        if follower_of(node.module) is not None:
+            continue
         tables: list[dict[str, Any]] = [node.module._parameters, node.module._buffers]
         for table in tables:
             for name, tensor in table.items():

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from inlay.core.active import set_active, set_trainable
 from inlay.core.eject import delete, eject
 from inlay.core.inject import inject
-from inlay.core.layer import AdaptedLayer
 from inlay.core.merge import merge, unmerge
 from inlay.core.plan import Plan, plan
 from inlay.core.policy import Policy
@@ -215,9 +214,7 @@ def merge_into(
 
 def merged_names(state: State) -> list[str]:
     """Return the adapters that are merged into some layer, in the order of merging."""
-    return list(
-        dict.fromkeys(name for layer in state.layers() if isinstance(layer, AdaptedLayer) for name in layer._merged)
-    )
+    return list(dict.fromkeys(name for layer in state.layers() for name in layer.merged_names))
 
 
 def unmerge_all(state: State) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from inlay.core import storage
 from inlay.core.call import call_of
-from inlay.core.entry import find_tensor
+from inlay.core.follow import Follower, follower_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
 from inlay.core.state import find_state
@@ -83,20 +83,21 @@ def layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     prefix = "base_model." if hasattr(model, "base_model") and "base_model" in model._modules else ""
     found = []
     for path, module in model.named_modules():
-        if not isinstance(module, (AdaptedLayer, ModuleCopies)):
+        follower = follower_of(module)
+        if follower is None:
             continue
-        tensors = _tensors(module)
+        tensors = _tensors(follower)
         found.append(
             TunerLayerStatus(
                 name=path.removeprefix(prefix),
-                module_type=_module_type(module),
-                enabled=module.enabled and not (call is not None and call.disabled),
-                active_adapters=_active(module, tensors),
-                merged_adapters=list(module._merged),
+                module_type=_module_type(follower),
+                enabled=follower.enabled and not (call is not None and call.disabled),
+                active_adapters=follower.active_adapters,
+                merged_adapters=list(follower.merged_names),
                 requires_grad={name: _common(t.requires_grad for t in held) for name, held in tensors.items()},
                 available_adapters=sorted(tensors),
                 devices={name: sorted({t.device.type for t in held}) for name, held in tensors.items()},
-                quantization_backend=_backend(module),
+                quantization_backend=_backend(follower),
             )
         )
     if not found:
@@ -155,40 +156,30 @@ def _common(values: Iterable[V]) -> V | Irregular:
     return values[0] if all(value == values[0] for value in values) else "irregular"
 
 
-def _active(module: AdaptedLayer | ModuleCopies, tensors: dict[str, list[Tensor]]) -> list[str]:
-    """Return who is active; a module that adapters copy in full knows only those with a copy."""
-    names = module.active_adapters
-    return names if isinstance(module, AdaptedLayer) else [name for name in names if name in tensors]
-
-
-def _tensors(module: AdaptedLayer | ModuleCopies) -> dict[str, list[Tensor]]:
+def _tensors(follower: Follower) -> dict[str, list[Tensor]]:
     """Return the parameters (buffers where there are none) by adapter, in the order of adding."""
-    if isinstance(module, ModuleCopies):
-        return {name: [*copy.parameters()] for name, copy in module.modules_to_save._modules.items() if copy}
     found: dict[str, list[Tensor]] = {}
-    for name, entries in module.entries.items():
-        held = [
-            find_tensor(entry.home if entry.home is not None else module, name, containers, leaf)
-            for entry in entries
-            for _, containers, leaf in entry.places
-        ]
+    for name in follower.adapters_here():
+        held = follower.tensors_of(name)
         parameters: list[Tensor] = [tensor for tensor in held if isinstance(tensor, nn.Parameter)]
         found[name] = parameters or held
     return found
 
 
-def _module_type(module: AdaptedLayer | ModuleCopies) -> str:
+def _module_type(follower: Follower) -> str:
     """Return the layer's type as PEFT would print it for a method with a layer class of the base layer's name."""
-    if isinstance(module, ModuleCopies):
+    if isinstance(follower, ModuleCopies):
         return _COPIES
-    entries = next(iter(module.entries.values()), ())
-    base = type(module.get_base_layer()).__name__
+    if not isinstance(follower, AdaptedLayer):
+        return follower.type_name
+    entries = next(iter(follower.entries.values()), ())
+    base = type(follower.get_base_layer()).__name__
     layer = "Linear" if base == "Conv1D" else base
     return f"{str(entries[0].method.config.peft_type.value).lower()}.{layer}" if entries else layer
 
 
-def _backend(module: AdaptedLayer | ModuleCopies) -> str | None:
-    if isinstance(module, ModuleCopies):
+def _backend(follower: Follower) -> str | None:
+    if not isinstance(follower, AdaptedLayer):
         return None
-    name = storage.storage_of(module.leaf_layer).name
+    name = storage.storage_of(follower.leaf_layer).name
     return None if name == storage.PLAIN.name else name

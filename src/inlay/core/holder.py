@@ -1,0 +1,77 @@
+"""An adapted layer as a follower: what its adapters have there, and what stands there without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from inlay.core.entry import find_tensor
+from inlay.core.follow import Follower
+from inlay.parallel.hooks import lower
+
+if TYPE_CHECKING:
+    from inlay.core.affine import Site
+    from inlay.core.entry import Entry
+
+__all__ = ["EntryHolder"]
+
+
+class EntryHolder(Follower):
+    """Has ``entries`` by adapter name over a ``base_layer``."""
+
+    if TYPE_CHECKING:
+        entries: dict[str, tuple[Entry, ...]]
+        base_layer: nn.Module
+        site: Site
+        shares: tuple[str, ...]
+
+        def restore(self) -> None: ...
+
+    base_attribute = "base_layer"
+
+    def _each(self, names: Iterable[str] | None = None) -> Iterator[Entry]:
+        """Iterate over the entries of some adapters, by default of all."""
+        for name in self.entries if names is None else names:
+            yield from self.entries.get(name, ())
+
+    @property
+    def site_path(self) -> str:
+        return self.site.owner
+
+    def move_below(self, before: str) -> None:
+        self.shares = tuple(before + path for path in self.shares)
+        self.__dict__["site"] = self.site.below(before)
+        for entry in self._each():
+            entry.site = entry.site.below(before)
+
+    def adapters_here(self) -> list[str]:
+        return list(self.entries)
+
+    def has(self, adapter: str) -> bool:
+        return adapter in self.entries
+
+    def parameters_of(self, adapter: str) -> Iterator[tuple[nn.Parameter, bool]]:
+        for entry in self._each([adapter]):
+            yield from entry.parameters(self)
+
+    def tensors_of(self, adapter: str) -> list[Tensor]:
+        return [
+            find_tensor(entry.home if entry.home is not None else self, adapter, containers, leaf)
+            for entry in self._each([adapter])
+            for _, containers, leaf in entry.places
+        ]
+
+    def drop_adapter(self, adapter: str) -> None:
+        from inlay.core.hanging import dismount
+
+        dismount(self, adapter)
+
+    def taken_out(self, restore: bool) -> nn.Module:
+        """Return the base layer, with what tensor parallelism hangs on it, and unmerged if ``restore``."""
+        if restore:
+            self.restore()
+        below = self.base_layer
+        lower(self, below)
+        return below.taken_out(restore) if isinstance(below, EntryHolder) else below
