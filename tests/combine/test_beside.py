@@ -460,3 +460,16 @@ def test_mixed_targets_of_ia3_are_refused():
     model.add_adapter("b", inlay.IA3Config(target_modules="0", feedforward_modules=[]))
     with pytest.raises(CombinationError, match="regular expression"):
         model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "new")
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d_grouped"])
+@pytest.mark.parametrize("combination", ["cat", "svd", "linear"])
+def test_adapters_with_room_for_hotswapping(kind, combination):
+    """Tensors that were given room for a larger rank end in zeros, which change no combination."""
+    from inlay.checkpoint.hotswap import prepare_model_for_compiled_hotswap
+
+    pair, other = (Pair(kind, lora(r=4), lora(r=4)) for _ in range(2))
+    other.ours.add_weighted_adapter(["a", "b"], [0.5, 0.5], "new", combination, svd_rank=4)
+    prepare_model_for_compiled_hotswap(pair.ours, target_rank=8)
+    pair.ours.add_weighted_adapter(["a", "b"], [0.5, 0.5], "new", combination, svd_rank=4)
+    torch.testing.assert_close(update(pair.ours, "new"), update(other.ours, "new"), rtol=1e-5, atol=1e-5)

@@ -70,9 +70,19 @@ class Part:
 def add_lora(model: nn.Module, state: State, request: Request) -> None:
     """Combine LoRA adapters into a new one; see :func:`inlay.combine.add_weighted`."""
     configs = [state.record(name).config for name in request.adapters]
-    ranks = [max([config.r, *(config.rank_pattern or {}).values()]) for config in configs]
+    for name, config in zip(request.adapters, configs, strict=True):
+        if config.target_parameters:
+            raise CombinationError(
+                f"adapter {name!r} adapts bare parameters (target_parameters={sorted(config.target_parameters)}), "
+                "which cannot be combined"
+            )
+    held = [_ranks(model, name) for name in request.adapters]
+    ranks = [
+        max([config.r, *(config.rank_pattern or {}).values(), *found.values()])
+        for config, found in zip(configs, held, strict=True)
+    ]
     if request.rule.space == "factors":
-        _check_ranks(model, request, ranks)
+        _check_ranks(request, ranks, held)
     rank = {"factors": max(ranks), "cat": sum(ranks), "matrix": request.rank or max(ranks)}[request.rule.space]
     made = _plan(model, state, request, configs, rank)
 
@@ -87,32 +97,30 @@ def add_lora(model: nn.Module, state: State, request: Request) -> None:
     put(made, fill)
 
 
-def _check_ranks(model: nn.Module, request: Request, ranks: list[int]) -> None:
+def _ranks(model: nn.Module, name: str) -> dict[str, int]:
+    """Return the rank of an adapter's tensors at each layer, the room for hotswapping included."""
+    held = ((layer, entry) for layer in layers_of(model) for entry in entries(layer, name, "LORA"))
+    return {entry.site.name: layer.params(entry).A.shape[0] for layer, entry in held}
+
+
+def _check_ranks(request: Request, ranks: list[int], held: list[dict[str, int]]) -> None:
     """Factors are combined entry by entry, so on every layer they need one shape."""
-    if len(set(ranks)) > 1:
-        shown = ", ".join(f"{name!r} has {r}" for name, r in zip(request.adapters, ranks, strict=True))
-        raise CombinationError(
-            f"combination_type={request.rule.name!r} combines factors, which need the same rank, and {shown}; "
-            "'cat' and the types that end in 'svd' take any ranks"
-        )
-    for layer in layers_of(model):
-        found = {e.name: e.options["r"] for name in request.adapters for e in entries(layer, name, "LORA")}
-        if len(set(found.values())) > 1:
+    places: dict[str, dict[str, int]] = {"": dict(zip(request.adapters, ranks, strict=True))}
+    for name, found in zip(request.adapters, held, strict=True):
+        for site, rank in found.items():
+            places.setdefault(site, {})[name] = rank
+    for site, by_name in places.items():
+        if len(set(by_name.values())) > 1:
+            shown = ", ".join(f"{name!r} has {rank}" for name, rank in by_name.items())
+            where = f" at {site!r}" if site else ""
             raise CombinationError(
-                f"combination_type={request.rule.name!r} combines factors, which need the same rank, and at "
-                f"{layer.site.name!r} the ranks are {found} (rank_pattern); 'cat' and the types that end in 'svd' "
-                "take any ranks"
+                f"combination_type={request.rule.name!r} combines factors, which need the same rank, and {shown}{where}"
+                "; 'cat' and the types that end in 'svd' take any ranks"
             )
 
 
 def _plan(model: nn.Module, state: State, request: Request, configs: list[Any], rank: int) -> Plan:
     """Plan the new adapter: the first one's configuration, with a scale of 1 everywhere."""
-    for name, config in zip(request.adapters, configs, strict=True):
-        if config.target_parameters:
-            raise CombinationError(
-                f"adapter {name!r} adapts bare parameters (target_parameters={sorted(config.target_parameters)}), "
-                "which cannot be combined"
-            )
     first = configs[0]
     dora, bias = (any(getattr(config, field) for config in configs) for field in ("use_dora", "lora_bias"))
     if dora and bias:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,17 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.combine.configs import derived
 from inlay.core.active import set_trainable
 from inlay.core.affine import Affine
+from inlay.core.choose import choose
+from inlay.core.copies import plan_copies
 from inlay.core.entry import Entry
 from inlay.core.inject import inject
 from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
 from inlay.core.plan import Plan, plan
+from inlay.core.registry import method_class
 from inlay.core.state import State
+from inlay.core.targets import places
 from inlay.errors import CombinationError, InlayError
 
-__all__ = ["carry", "check_copies", "check_tied", "entries", "layers_of", "plan_exactly", "put"]
+__all__ = ["carry", "check_copies", "check_tied", "entries", "layers_of", "plan_exactly", "put", "targets_exactly"]
 
 TOKENS = "TRAINABLE_TOKENS"
 
@@ -43,29 +47,49 @@ def plan_exactly(model: nn.Module, config: Any, name: str, wanted: set[str], aut
 
     Raises:
         CombinationError: no targets mean these sites.
+        what :func:`inlay.core.plan.plan` raises.
     """
-    paths = sorted(wanted)
-    free = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    free = {field: None for field in free if hasattr(config, field)}
-    spelled = [
-        {},
-        {**free, "target_modules": set(paths)},
-        {**free, "target_modules": "|".join(map(re.escape, paths))},
-    ]
     refused: InlayError | None = None
-    for fields in spelled:
+    for spelled in _spellings(config, wanted):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the adapters that this one comes from had them
-                made = plan(model, dataclasses.replace(config, **fields), name, autocast_adapter_dtype=autocast)
+                made = plan(model, spelled, name, autocast_adapter_dtype=autocast)
         except InlayError as error:
             refused = refused or error
             continue
         if {p.site.name for p in made.placements if p.method.config.peft_type == config.peft_type} == wanted:
             return made
-    if refused is not None:
-        raise refused
-    raise CombinationError(f"no target_modules mean just the layers {', '.join(paths[:5])}")
+    raise refused or CombinationError(f"no target_modules mean just the layers {', '.join(sorted(wanted)[:5])}")
+
+
+def targets_exactly(model: nn.Module, state: State, config: Any, wanted: set[str]) -> Any:
+    """Return the configuration with targets that mean some layers and no others; nothing has to be injectable.
+
+    Raises:
+        CombinationError: no targets mean these layers.
+    """
+    everything = places(model)
+    for spelled in _spellings(config, wanted):
+        method = method_class(config.peft_type)(spelled)
+        made = Plan(model, "", spelled, method, state.policy, state, autocast=True)
+        try:
+            plan_copies(made, everything)
+            chosen = choose(made, everything)
+        except InlayError:
+            continue
+        if {place.path for place, _ in chosen} == wanted:
+            return spelled
+    raise CombinationError(f"no target_modules mean just the layers {', '.join(sorted(wanted)[:5])}")
+
+
+def _spellings(config: Any, wanted: set[str]) -> Iterator[Any]:
+    """Yield copies of a configuration with its own targets, with whole paths, and with an expression of just them."""
+    yield derived(config)
+    fields = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    free: dict[str, Any] = {field: None for field in fields if hasattr(config, field)}
+    yield derived(config, **free, target_modules=set(wanted))
+    yield derived(config, **free, target_modules="|".join(map(re.escape, sorted(wanted))))
 
 
 def put(made: Plan, fill: Callable[[State], object]) -> None:
