@@ -20,6 +20,10 @@ PARTS = {
     "Mixtral": ("block_sparse_moe", ("w1", "w3"), "w2"),
     "Qwen2Moe": ("mlp", ("gate_proj", "up_proj"), "down_proj"),
     "Qwen3Moe": ("mlp", ("gate_proj", "up_proj"), "down_proj"),
+    "Olmoe": ("mlp", ("gate_proj", "up_proj"), "down_proj"),
+    "Phimoe": ("block_sparse_moe", ("w1", "w3"), "w2"),
+    "Jamba": ("feed_forward", ("gate_proj", "up_proj"), "down_proj"),
+    "Lfm2Moe": ("feed_forward", ("w1", "w3"), "w2"),
 }
 
 
@@ -37,7 +41,7 @@ def old_shapes(model: nn.Module, family: str, targets: list[str]) -> dict[str, t
 
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")
-        old = owner.replace(".mlp.", f".{block}.") if ".mlp." in owner or owner.endswith(".mlp") else owner
+        old = owner.replace(".mlp.", f".{block}.") if block == "block_sparse_moe" else owner
         if last in ("gate_up_proj", "down_proj") and parameter.dim() == 3:
             parts = gate_up if last == "gate_up_proj" else (down,)
             rows = parameter.shape[1] // len(parts)

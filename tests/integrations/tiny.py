@@ -24,6 +24,25 @@ _SIZES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 40,
         "norm_topk_prob": True,
     },
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "Phimoe": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Jamba": {
+        "num_key_value_heads": 2,
+        "attn_layer_period": 1,
+        "attn_layer_offset": 0,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "Lfm2Moe": {
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 24,
+        "num_dense_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["full_attention", "full_attention"],
+    },
     "Qwen3Moe": {
         "num_key_value_heads": 2,
         "head_dim": 16,
@@ -35,7 +54,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 
 def decoder(family: str = "Llama", cls: str = "ForCausalLM", seed: int = 0, **changes: Any) -> Any:
-    """Return a decoder of two blocks in eval mode: Llama, Mistral, Mixtral, Qwen2Moe or Qwen3Moe.
+    """Return a decoder of two blocks in eval mode: Llama, Mistral, Mixtral, Qwen2Moe, Qwen3Moe, ...
 
     Experts run one by one (``experts_implementation="eager"``), which knows float64 too.
     """
@@ -54,10 +73,34 @@ def decoder(family: str = "Llama", cls: str = "ForCausalLM", seed: int = 0, **ch
         "tie_word_embeddings": False,
     }
     config = getattr(transformers, f"{family}Config")(**(values | _SIZES.get(family, {}) | changes))
-    if "Moe" in family or "Mixtral" in family:
+    if "num_experts_per_tok" in _SIZES.get(family, {}):
         config._experts_implementation = "eager"
     torch.manual_seed(seed)
     return getattr(transformers, f"{family}{cls}")(config).eval()
+
+
+def vit(seed: int = 0, **changes: Any) -> Any:
+    """Return a vision transformer of two blocks that classifies images of 3 x 16 x 16."""
+    import transformers
+
+    values: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    values |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(seed)
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**(values | changes))).eval()
+
+
+def llava(seed: int = 0) -> Any:
+    """Return a LLaVA of a CLIP and a Llama of two blocks each."""
+    import transformers
+
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=llama().config, image_token_index=VOCABULARY - 1
+    )
+    torch.manual_seed(seed)
+    return transformers.LlavaForConditionalGeneration(config).eval()
 
 
 def llama(cls: str = "ForCausalLM", seed: int = 0, **changes: Any) -> Any:

@@ -75,21 +75,18 @@ def nested(bank: Bank, adapted: list[str]) -> str:
     return bank.owner + ".base_layer" * depth
 
 
-def banks_in(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[Bank, dict[str, dict[tuple[int, int], Tensor]]]:
-    """Return the tensors of former layers by bank, role (``lora_A.weight``), expert and part."""
-    where = {
-        former: (bank, expert, part)
-        for bank in layout.banks
-        if bank.experts
-        for expert, part, path in bank.layers()
-        for former in layout.former(path)
-    }
-    found: dict[Bank, dict[str, dict[tuple[int, int], Tensor]]] = {}
-    for key, tensor in tensors.items():
+def banks_in(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[Bank, dict[str, dict[tuple[int, int], str]]]:
+    """Return the keys of former layers by bank, role (``lora_A.weight``), expert and part."""
+    where = {path: (bank, e, p) for bank in layout.banks if bank.experts for e, p, path in bank.layers()}
+    found: dict[Bank, dict[str, dict[tuple[int, int], str]]] = {}
+    for key in tensors if where else ():
         path, role = stem(key)
-        if role and path in where:
-            bank, expert, part = where[path]
-            found.setdefault(bank, {}).setdefault(_plain(role), {})[expert, part] = tensor
+        if not role:
+            continue
+        place = where.get(path) or where.get(stem(layout.present(f"{path}.{role}"))[0])
+        if place is not None:
+            bank, expert, part = place
+            found.setdefault(bank, {}).setdefault(_plain(role), {})[expert, part] = key
     return found
 
 
@@ -115,10 +112,11 @@ def stacked(layout: Layout, tensors: Mapping[str, Tensor], place: Callable[[Bank
     if not places:
         return dict(tensors)
     prefix = MODEL_PREFIX if any(key.startswith(MODEL_PREFIX) for key in tensors) else ""
-    gone = {former for bank in places for _, _, path in bank.layers() for former in layout.former(path)}
-    result = {key: value for key, value in tensors.items() if not (stem(key)[1] and stem(key)[0] in gone)}
+    gone = {key for bank in places for keys in found[bank].values() for key in keys.values()}
+    result = {key: value for key, value in tensors.items() if key not in gone}
     for bank, path in places.items():
-        for role, tensor in _bank_tensors(bank, found[bank]).items():
+        roles = {role: {place: tensors[key] for place, key in keys.items()} for role, keys in found[bank].items()}
+        for role, tensor in _bank_tensors(bank, roles).items():
             result[f"{prefix}{path}.{role}"] = tensor
     return result
 

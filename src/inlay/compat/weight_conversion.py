@@ -11,10 +11,11 @@ from inlay.checkpoint.migrations import banks_in, nested, renamed, stacked
 from inlay.checkpoint.tree import MODEL_PREFIX, bare_model
 from inlay.compat.mappings import PEFT_TYPE_TO_PREFIX_MAPPING
 from inlay.config import PeftType
-from inlay.core.banks import Bank, layout_of, retargeted, stacking, stem
+from inlay.core.banks import Bank, layout_of, stacking, stem
 from inlay.core.method import Method
 from inlay.core.patterns import matcher
 from inlay.core.registry import method_class
+from inlay.core.retarget import retargeted
 from inlay.errors import UnknownMethodError
 
 __all__ = [

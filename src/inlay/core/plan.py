@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from inlay.core import storage
 from inlay.core.affine import Site
-from inlay.core.banks import retargeted
 from inlay.core.choose import check_patterns, choose, model_type, nothing_matched, plan_biases
 from inlay.core.copies import check_copies, plan_copies, tie_copies
 from inlay.core.dtype import adapter_dtype
@@ -25,6 +24,7 @@ from inlay.core.method import Method
 from inlay.core.policy import INLAY, Policy
 from inlay.core.registry import method_class
 from inlay.core.replicate import Replication, installed, replication_of
+from inlay.core.retarget import retargeted
 from inlay.core.slot import Slot
 from inlay.core.state import State, check_adapter_name, find_states
 from inlay.core.targets import Place, base_parameters, places

@@ -43,6 +43,10 @@ CASES: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
     "qwen2": ("Qwen2Moe", {}, ["q_proj", "gate_proj", "up_proj", "down_proj"], {}),
     "qwen3": ("Qwen3Moe", {}, ["v_proj", "gate_proj", "up_proj", "down_proj", "gate"], {}),
     "some layers": ("Mixtral", {}, ["q_proj", "w1", "w2", "w3"], {"layers_to_transform": [1]}),
+    "olmoe": ("Olmoe", {}, ["q_proj", "gate_proj", "up_proj", "down_proj"], {}),
+    "phimoe": ("Phimoe", {}, ["q_proj", "w1", "w2", "w3"], {}),
+    "jamba": ("Jamba", {}, ["q_proj", "gate_proj", "up_proj", "down_proj", "router"], {}),
+    "lfm2": ("Lfm2Moe", {}, ["q_proj", "w1", "w2", "w3"], {}),
     "dense layer": ("Qwen3Moe", DENSE, ["q_proj", "gate_proj", "up_proj", "down_proj"], {}),
 }
 # what peft refuses, and only an adapter with its tensors can answer
@@ -303,3 +307,73 @@ def test_mapping_without_a_config_knows_every_method(tmp_path: Path) -> None:
     assert renamed(f"{above}.block_sparse_moe.gate.ia3_l") == "model.layers.0.mlp.gate.ia3_l.mine"
     assert renamed(f"{above}.self_attn.q_proj.hada_w1_a") == "model.layers.0.self_attn.q_proj.hada_w1_a.mine"
     shutil.rmtree(tmp_path)
+
+
+# -- layers that only have another name now --------------------------------------------------------------------------
+
+
+def renamed_adapter(folder: Path, model: Any, config: LoraConfig, old: dict[str, str], targets: Any) -> Any:
+    """Write an adapter of ``model`` as it was called before: ``old`` says what each part of a path was.
+
+    Returns the model with the adapter in it.
+    """
+    wrapper = get_peft_model(model, config)
+    tiny.scramble(wrapper, scale=0.3)
+    tiny.scramble(wrapper, "modules_to_save")
+    wrapper.save_pretrained(folder)
+    file = folder / "adapter_model.safetensors"
+    tensors = {}
+    for key, value in load_file(file).items():
+        for new, was in old.items():
+            key = key.replace(new, was)
+        tensors[key] = value
+    save_file(tensors, file)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(saved | {"target_modules": targets}))
+    return wrapper.eval()
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], r".*attention\.(query|value)"])
+def test_vit(targets: Any, tmp_path: Path) -> None:
+    """``query`` and ``value`` are ``q_proj`` and ``v_proj`` now."""
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    config = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    old = {"vit.layers": "vit.encoder.layer", "q_proj": "attention.query", "v_proj": "attention.value"}
+    model = renamed_adapter(tmp_path, tiny.vit(), config, old, targets)
+    assert not [key for key in load_file(tmp_path / "adapter_model.safetensors") if "q_proj" in key]
+    want = model(images).logits
+    wrapper = PeftModel.from_pretrained(tiny.vit(), tmp_path)
+    torch.testing.assert_close(wrapper(images).logits, want)
+    assert set(wrapper.peft_config["default"].target_modules) == {"q_proj", "v_proj"}
+    mixed = tiny.vit()
+    report = mixed.load_adapter(str(tmp_path))
+    assert not report.missing_keys
+    assert not report.unexpected_keys
+    torch.testing.assert_close(mixed(images).logits, want)
+
+
+def test_fresh_adapter_by_earlier_names() -> None:
+    config = LoraConfig(r=3, target_modules=["query", "value"], rank_pattern={"value": 2})
+    model = get_peft_model(tiny.vit(), config)
+    ranks = {name: p.shape[0] for name, p in model.named_parameters() if "lora_A" in name}
+    assert len(ranks) == 4
+    assert {rank for name, rank in ranks.items() if ".q_proj." in name} == {3}
+    assert {rank for name, rank in ranks.items() if ".v_proj." in name} == {2}
+    with pytest.raises(ValueError, match="matches nothing"):
+        get_peft_model(tiny.vit(), LoraConfig(target_modules=["querry"]))
+
+
+def test_llava(tmp_path: Path) -> None:
+    """The language model moved from ``language_model.model`` to ``model.language_model``."""
+    config = LoraConfig(r=3, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    old = {"model.model.language_model.": "model.language_model.model."}
+    model = renamed_adapter(tmp_path, tiny.llava(), config, old, ["q_proj", "v_proj"])
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    pattern = r"language_model.*\.(q_proj|v_proj)"
+    for targets in (pattern, r".*language_model.*\.(q_proj|v_proj)"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(saved | {"target_modules": targets}))
+        want = model(IDS[:, :5]).logits
+        torch.testing.assert_close(PeftModel.from_pretrained(tiny.llava(), tmp_path)(IDS[:, :5]).logits, want)
+    mixed = tiny.llava()
+    mixed.load_adapter(str(tmp_path))
+    torch.testing.assert_close(mixed(IDS[:, :5]).logits, want)
