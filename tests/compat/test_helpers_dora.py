@@ -89,6 +89,16 @@ def test_dora_caching_follows_every_change(tmp_path):
         same()
 
 
+def test_peft_keeps_norms_of_weights_that_have_changed(tmp_path):
+    written = Written(tmp_path, use_dora=True, target_modules=["lin"])
+    for module, model, right in ((ours, loaded(written), True), (theirs, pefts(written), False)):
+        with module.DoraCaching(), torch.no_grad():
+            model(ids())
+            model.base_model.model.lin.lora_B["default"].weight.add_(0.5)
+            found = model(ids())
+        assert torch.allclose(found, model(ids()), atol=1e-5) is right
+
+
 def test_dora_caching_as_a_call_and_nested(tmp_path):
     caching = ours.DoraCaching()
     caching(enabled=True)

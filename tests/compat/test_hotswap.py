@@ -121,6 +121,7 @@ def test_patterns(tmp_path):
     pefts = quietly(peft.PeftModel.from_pretrained, base(), first.folder)
     theirs.hotswap_adapter(pefts, second.folder, "default", torch_device="cpu")
     assert not torch.allclose(pefts(ids()), second.output, atol=1e-3)
+    assert (model.peft_config["default"].lora_alpha, pefts.peft_config["default"].lora_alpha) == (12, 4)
 
 
 @pytest.mark.parametrize("fields", [{"use_rslora": True}, {"lora_bias": True, "target_modules": ["lin", "conv"]}])
@@ -187,10 +188,18 @@ def test_nothing_is_written_if_anything_does_not_fit(tmp_path, spoil):
     unchanged(model, before)
     close(model(ids()), first.output)
     assert model.peft_config["default"].lora_alpha == 4
-    if spoil is not _other_shape:  # peft takes any shape that is larger, and fails when the model runs
+    if spoil is not _other_shape:
         pefts = quietly(peft.PeftModel.from_pretrained, base(), first.folder)
         with pytest.raises(RuntimeError):
             theirs.hotswap_adapter_from_state_dict(pefts, tensors, "default", second.config)
+
+
+def test_peft_takes_larger_tensors_and_fails_when_the_model_runs(tmp_path):
+    first, second = (Written(tmp_path / name, seed=seed, target_modules=["lin"]) for name, seed in (("a", 1), ("b", 2)))
+    pefts = quietly(peft.PeftModel.from_pretrained, base(), first.folder)
+    theirs.hotswap_adapter_from_state_dict(pefts, _other_shape(second.inserted()), "default", second.config)
+    with pytest.raises(RuntimeError):
+        pefts(ids())
 
 
 def test_a_config_that_says_less_than_the_tensors(tmp_path):

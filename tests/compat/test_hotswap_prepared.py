@@ -152,13 +152,31 @@ def test_configs_are_told(tmp_path):
     single = config()
     quietly(ours.prepare_model_for_compiled_hotswap, model, target_rank=8, config=single)
     assert single.r == 8
-    # what is saved is the adapter, not the room for it; peft's file gives another output
+    # what is saved is the adapter, not the room for it; peft's file does not fit, because embeddings have no room there
     model.save_pretrained(tmp_path / "mine")
     pefts.save_pretrained(tmp_path / "pefts")
     close(quietly(peft.PeftModel.from_pretrained, base(), tmp_path / "mine")(ids()), first.output)
     assert json.loads((tmp_path / "mine" / "adapter_config.json").read_text())["r"] == 4
     with pytest.raises(RuntimeError):
         quietly(peft.PeftModel.from_pretrained, base(), tmp_path / "pefts")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_peft_saves_of_a_prepared_model(tmp_path, told):
+    """The padded tensors: with a configuration that was told of it the scale is wrong, with another nothing loads."""
+    first = Written(tmp_path / "a", target_modules=["lin"])
+    pefts = quietly(peft.PeftModel.from_pretrained, base(), first.folder)
+    model = loaded(first)
+    for module, held in ((theirs, pefts), (ours, model)):
+        module.prepare_model_for_compiled_hotswap(held, target_rank=8, config=held.peft_config if told else None)
+        held.save_pretrained(tmp_path / module.__name__)
+    close(quietly(peft.PeftModel.from_pretrained, base(), tmp_path / ours.__name__)(ids()), first.output)
+    if told:
+        again = quietly(peft.PeftModel.from_pretrained, base(), tmp_path / theirs.__name__)
+        assert not torch.allclose(again(ids()), first.output, atol=1e-3)
+    else:
+        with pytest.raises(RuntimeError):
+            quietly(peft.PeftModel.from_pretrained, base(), tmp_path / theirs.__name__)
 
 
 def test_prepared_models_save_and_load(tmp_path):

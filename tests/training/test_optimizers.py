@@ -9,6 +9,7 @@ import sys
 import types
 from typing import Any
 
+import peft
 import peft.optimizers as theirs
 import pytest
 import torch
@@ -177,10 +178,10 @@ def test_experts_are_apart():
             return self.experts(x, torch.tensor([[0, 1], [1, 2], [2, 0]]), torch.full((3, 2), 0.5))
 
     torch.manual_seed(0)
-    config = inlay.LoraConfig(
-        r=2, lora_alpha=2, target_modules=[], target_parameters=["experts.down_proj"], init_lora_weights=False
-    )
-    model = inlay.get_peft_model(Bank(), config)
+    config: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": [], "init_lora_weights": False}
+    config["target_parameters"] = ["experts.down_proj"]
+    bank = Bank()
+    model = inlay.get_peft_model(copy.deepcopy(bank), inlay.LoraConfig(**config))
     A, B = (next(p for name, p in model.named_parameters() if part in name) for part in ("lora_A", "lora_B"))
     x = torch.randn(3, 6)
     before = [A.detach().clone(), B.detach().clone()]
@@ -196,6 +197,16 @@ def test_experts_are_apart():
         step_B = grad_B[:, columns] @ torch.linalg.inv(a @ a.T + identity)
         torch.testing.assert_close(a - A[rows], step_A, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(b - B[:, columns], step_B, rtol=1e-4, atol=1e-5)
+    real = peft.get_peft_model(bank, peft.LoraConfig(**config))
+    pair = [next(p for name, p in real.named_parameters() if part in name) for part in ("lora_A", "lora_B")]
+    with torch.no_grad():
+        for parameter, value in zip(pair, before, strict=True):
+            parameter.copy_(value)
+    optimizer = theirs.create_riemannian_optimizer(real, torch.optim.SGD, lr=1.0, reg=0.1)
+    real(x).square().sum().backward()
+    torch.testing.assert_close(pair[0].grad, grad_A, rtol=1e-4, atol=1e-5)
+    optimizer.step()
+    assert not torch.allclose(pair[0], A, atol=1e-3)
 
 
 # -- in a trainer -----------------------------------------------------------------------------------------------------
