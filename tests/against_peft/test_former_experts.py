@@ -93,3 +93,25 @@ def test_old_adapter_saved_anew_is_read_by_peft(tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "anew")
     theirs = peft.PeftModel.from_pretrained(tiny.mixtral(), tmp_path / "anew")
     torch.testing.assert_close(theirs(IDS).logits, loaded(IDS).logits)
+
+
+def test_layers_that_have_another_name_now(tmp_path: Path) -> None:
+    """``query`` and ``value`` of a ViT are ``q_proj`` and ``v_proj`` in transformers 5."""
+    from safetensors.torch import load_file, save_file
+
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    now = peft.get_peft_model(tiny.vit(), peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
+    tiny.scramble(now, scale=0.3)
+    now.save_pretrained(tmp_path)
+    names = {"vit.layers": "vit.encoder.layer", "q_proj": "attention.query", "v_proj": "attention.value"}
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for new, old in names.items():
+        tensors = {key.replace(new, old): value for key, value in tensors.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    config.target_modules = {"query", "value"}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="target"):
+        peft.PeftModel.from_pretrained(tiny.vit(), tmp_path)
+    loaded = inlay.PeftModel.from_pretrained(tiny.vit(), tmp_path)
+    torch.testing.assert_close(loaded(images).logits, now.eval()(images).logits)
