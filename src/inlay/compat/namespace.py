@@ -151,6 +151,8 @@ class Namespace(ModuleType):
             raise AttributeError(f"module {shown!r} has no attribute {name!r}.{did_you_mean(name, table()[path])}")
         home, original, kind = found
         value = value_of(home, original, kind)
+        if "inlay.core.surface" in sys.modules:
+            import_module("inlay.compat.layers")  # adapted layers then answer to all names that PEFT's have
         if type(value).__name__ != "Unavailable":  # it may be there later
             self.__dict__[name] = value
         return value

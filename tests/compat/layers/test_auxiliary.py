@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from layer_twins import OURS, PEFT, get, twins
 from torch import nn
-from twins import OURS, PEFT, get, twins
 
 LIBRARIES = [PEFT, OURS]
 
@@ -71,6 +71,17 @@ def test_copies_refuse_what_peft_refuses(library: str) -> None:
     assert wrapper.check_set_adapter(["absent"]) is None
     with pytest.raises(TypeError, match="ModuleList"):
         get(library, "utils.other.ModulesToSaveWrapper")(nn.ModuleList(), "default")
+
+
+def test_an_adapter_without_a_copy_here_runs_the_original() -> None:
+    theirs, ours = (model.head for model in twins("copies"))
+    ours.state.records["other"] = ours.state.records["default"]  # an adapter that has copies elsewhere
+    with pytest.raises(ValueError, match="other"):
+        theirs.set_adapter("other")
+    ours.set_adapter("other")
+    x = torch.randn(2, 4)
+    assert torch.equal(ours(x), ours.original_module(x))
+    assert ours.active_adapters == []
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

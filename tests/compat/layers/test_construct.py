@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from layer_twins import INPUTS, OURS, PEFT, Bank, get
 from torch import nn
-from twins import INPUTS, OURS, PEFT, Bank, get
 
 Make = Callable[[str, nn.Module, str], Any]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
+from layer_twins import CASES, INPUTS, LAYERS, twins
 from torch import Tensor, nn
-from twins import CASES, INPUTS, LAYERS, twins
 
 MODULE = set(dir(nn.Module()))
 # (attribute, cases or None for all): why it is not the same
@@ -220,6 +222,24 @@ def test_scaling_the_active_adapters_reaches_embeddings() -> None:
         layer.scale_layer(0.5)
     assert dict(theirs.scaling) == {"default": 1.0}  # peft looks for the adapter among the factors of linear layers
     assert dict(ours.scaling) == {"default": 0.5}
+
+
+def test_switching_a_layer_off_leaves_gradients_alone() -> None:
+    theirs, ours = (model.lin for model in twins("lora"))
+    for layer in (theirs, ours):
+        layer.enable_adapters(False)
+    assert not any(gradients(theirs).values())
+    assert all(gradients(ours).values())
+
+
+def test_layers_answer_as_soon_as_the_namespace_is_used() -> None:
+    code = (
+        "import torch, inlay.compat; from inlay.compat.peft import LoraConfig, get_peft_model;"
+        "model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=['0']));"
+        "layer = model.base_model.model[0]; layer.reset_lora_parameters('default', True);"
+        "assert len(layer.lora_embedding_A) == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_private_switches_can_be_set() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from layer_twins import CASES, OURS, get, twins
 from record_layers import record
 from torch import nn
-from twins import CASES, OURS, get, twins
 
 from inlay.compat.layers.table import is_built, recorded
 from inlay.errors import NotAvailableError

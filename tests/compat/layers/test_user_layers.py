@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from layer_twins import OURS, PEFT, get
 from torch import nn
-from twins import OURS, PEFT, get
 
 from inlay.core.call import opened
 from inlay.core.state import State
