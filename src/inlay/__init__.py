@@ -11,6 +11,8 @@ from typing import Any
 # Public name -> the module that defines it, under the same name.
 _HOMES: dict[str, str] = {
     **dict.fromkeys(["get_base_model_state_dict", "set_base_model_state_dict"], "inlay.models.base_weights"),
+    **dict.fromkeys(["convert_to_lora", "save_as_lora"], "inlay.models.conversion"),
+    "find_kappa_target_modules": "inlay.models.kappa",
     **dict.fromkeys(
         ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"], "inlay.checkpoint"
     ),
@@ -127,6 +129,8 @@ __all__ = [
     "VeraModel",
     "call",
     "cast_mixed_precision_params",
+    "convert_to_lora",
+    "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -139,6 +143,7 @@ __all__ = [
     "load_peft_weights",
     "plan",
     "prepare_model_for_kbit_training",
+    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",

@@ -200,7 +200,7 @@ def test_ranks_of_layers_whose_path_ends_another(module, tmp_path):
     net = torch.nn.ModuleDict({"a": torch.nn.Linear(6, 6), "b": torch.nn.ModuleDict({"a": torch.nn.Linear(6, 6)})})
     model = inlay.get_peft_model(copy.deepcopy(net), inlay.LoHaConfig(r=3, target_modules=["a"], init_weights=False))
     with torch.no_grad():
-        model.base_model.model["a"].hada_w1_a["default"][1:] = 0.0  # an update of a smaller rank
+        model.base_model.model["a"].hada_w1_a["default"][2:] = 0.0  # an update of rank 2
     _, tensors = inlay.convert_to_lora(model, 0.9999)
     ranks = {key: value.shape[0] for key, value in tensors.items() if "lora_A" in key}
     assert len(set(ranks.values())) == 2
