@@ -35,6 +35,11 @@ class PeftMixedModel(PeftModel):
         """Every method is welcome."""
 
     @property
+    def config(self) -> Any:
+        """The bare model's configuration; for a model without one, a dict that says so."""
+        return getattr(self.get_base_model(), "config", {"model_type": "custom"})
+
+    @property
     def active_adapter(self) -> list[str]:
         """Names of the active adapters; always a list. Can be assigned."""
         return self.active_adapters

@@ -32,7 +32,22 @@ def _given(task_ids: Tensor | None, named: dict[str, Any], rest: dict[str, Any])
     return {**{name: value for name, value in named.items() if value is not None}, **rest}
 
 
-class PeftModelForCausalLM(PeftModel):
+class _Generative(PeftModel):
+    """What the tasks that generate share."""
+
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """Return what the bare model makes of a generation step's inputs."""
+        base: Any = self.get_base_model()
+        return base.prepare_inputs_for_generation(*args, **_given(task_ids, {}, kwargs))
+
+    @property
+    def base_model_prepare_inputs_for_generation(self) -> Any:
+        """The bare model's own ``prepare_inputs_for_generation``."""
+        base: Any = self.get_base_model()
+        return base.prepare_inputs_for_generation
+
+
+class PeftModelForCausalLM(_Generative):
     """Next-token prediction: ``labels`` (batch, length) gives the mean cross-entropy of the shifted tokens."""
 
     def forward(
@@ -58,13 +73,8 @@ class PeftModelForCausalLM(PeftModel):
         }
         return super().forward(**_given(task_ids, named, kwargs))
 
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        """Return what the bare model makes of a generation step's inputs."""
-        base: Any = self.get_base_model()
-        return base.prepare_inputs_for_generation(*args, **_given(task_ids, {}, kwargs))
 
-
-class PeftModelForSeq2SeqLM(PeftModel):
+class PeftModelForSeq2SeqLM(_Generative):
     """Encoder-decoder generation: ``labels`` (batch, target length) gives the mean cross-entropy."""
 
     def forward(
@@ -95,11 +105,6 @@ class PeftModelForSeq2SeqLM(PeftModel):
             "return_dict": return_dict,
         }
         return super().forward(**_given(task_ids, named, kwargs))
-
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        """Return what the bare model makes of a generation step's inputs."""
-        base: Any = self.get_base_model()
-        return base.prepare_inputs_for_generation(*args, **_given(task_ids, {}, kwargs))
 
 
 class _Encoder(PeftModel):

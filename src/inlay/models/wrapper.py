@@ -30,6 +30,8 @@ class Wrapper(nn.Module):
     """Whether loading returns this class whatever the task is."""
     tuner: ClassVar[type[AdapterModel] | None] = None
     """The class of ``base_model``; by default that of the first adapter's method."""
+    special_peft_forward_args: ClassVar[frozenset[str]] = frozenset({"adapter_names"})
+    """Keywords of ``forward`` and ``generate`` that are for the wrapper and not for the model."""
 
     @classmethod
     def around(cls: type[T], model: nn.Module, policy: Policy, tuner: type[AdapterModel] = AdapterModel) -> T:
