@@ -218,7 +218,8 @@ def test_saved_and_loaded_every_way(method: str, tmp_path: Path) -> None:
         assert not torch.allclose(want, base, atol=1e-3)
         saved.save_pretrained(tmp_path / saver)
         files = {file.name for file in (tmp_path / saver).iterdir()}
-        assert files - {"README.md", "generation_config.json"} == {"adapter_config.json", "adapter_model.safetensors"}
+        others = {"README.md", "generation_config.json", "inlay.json"}
+        assert files - others == {"adapter_config.json", "adapter_model.safetensors"}
         mixed = tiny.llama(num_key_value_heads=2)
         report = mixed.load_adapter(str(tmp_path / saver))
         assert not report.missing_keys
