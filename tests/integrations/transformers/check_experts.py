@@ -377,3 +377,17 @@ def test_llava(tmp_path: Path) -> None:
     mixed = tiny.llava()
     mixed.load_adapter(str(tmp_path))
     torch.testing.assert_close(mixed(IDS[:, :5]).logits, want)
+
+
+@pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
+def test_every_way_to_run_experts(how: str, tmp_path: Path) -> None:
+    experts.write_old_adapter(tmp_path, tiny.mixtral(), "Mixtral", ["q_proj", "w1", "w2", "w3", "gate"])
+    want = experts.merged_by_hand(tiny.mixtral(), "Mixtral", tmp_path)(IDS).logits
+    model = tiny.mixtral()
+    model.set_experts_implementation(how)
+    wrapper = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
+    logits = wrapper.eval()(IDS).logits
+    torch.testing.assert_close(logits.double(), want, rtol=1e-4, atol=1e-5)
+    logits.sum().backward()
+    trained = {name: p for name, p in wrapper.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
