@@ -8,7 +8,7 @@ ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(ENVIRONMENT) $(BIN)/python -m pytest
 JOBS ?= 2
 
-.PHONY: setup demo test test-all test-integrations test-versions lint bench clean
+.PHONY: setup demo test test-all test-integrations test-peft-suite test-versions lint bench clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,18 @@ test-all: setup
 # transformers, TRL, diffusers, sentence-transformers and accelerate on Inlay, where peft is not installed.
 test-integrations: $(VENV)-integrations/.ready
 	$(ENVIRONMENT) $(VENV)-integrations/bin/python -m pytest tests/integrations -n $(JOBS) --dist loadfile
+
+# PEFT's own tests against Inlay; writes docs/compatibility-suite.md and fails below 95 per cent. About half an hour.
+$(VENV)-peft-suite/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-peft-suite
+	$(VENV)-peft-suite/bin/python -m pip install -q --upgrade pip
+	$(VENV)-peft-suite/bin/python -m pip install -q -c constraints.txt torch
+	$(VENV)-peft-suite/bin/python -m pip install -q -c constraints.txt -e '.[transformers]' peft accelerate datasets \
+		diffusers scipy parameterized pytest pytest-timeout
+	touch $@
+
+test-peft-suite: $(VENV)-peft-suite/.ready
+	$(VENV)-peft-suite/bin/python tests/peft_suite/run.py --jobs $(JOBS)
 
 # The oldest and newest supported transformers, and the oldest torch, each in an environment of its own.
 test-versions: setup

@@ -21,10 +21,12 @@
     ├── StateError (RuntimeError)           an operation that does not fit the model's present state
     ├── CheckpointError (ValueError)        an adapter folder or file that cannot be used
     │   ├── CheckpointMissingError (FileNotFoundError)
+    │   ├── CheckpointKeyError (TypeError)  a configuration without a key that each one has
     │   └── CheckpointMismatchError (RuntimeError)   keys or shapes that do not fit
     └── MissingExtraError (ImportError)     an optional dependency is not installed
 
     InlayWarning (UserWarning)              something ran, but not quite as one may think
+    └── TargetWarning (RuntimeWarning)      a pattern that matches nothing, where that is let pass
 
 Each error also derives from the builtin that PEFT raises in the same place, so that code written
 against PEFT catches it.
@@ -38,6 +40,7 @@ from collections.abc import Iterable
 __all__ = [
     "AdapterNameError",
     "CheckpointError",
+    "CheckpointKeyError",
     "CheckpointMismatchError",
     "CheckpointMissingError",
     "CombinationError",
@@ -54,6 +57,7 @@ __all__ = [
     "RoutingError",
     "StateError",
     "TargetError",
+    "TargetWarning",
     "UnknownAdapterError",
     "UnknownFieldError",
     "UnknownMethodError",
@@ -143,6 +147,10 @@ class CheckpointMissingError(CheckpointError, FileNotFoundError):
     """A file that should be there is not."""
 
 
+class CheckpointKeyError(CheckpointError, TypeError):
+    """A configuration file without a key that each one has."""
+
+
 class CheckpointMismatchError(CheckpointError, RuntimeError):
     """Keys or shapes of a checkpoint do not fit the model."""
 
@@ -153,6 +161,10 @@ class MissingExtraError(InlayError, ImportError):
 
 class InlayWarning(UserWarning):
     """Something worth knowing happened, and the call went on."""
+
+
+class TargetWarning(InlayWarning, RuntimeWarning):
+    """A pattern that matches nothing, where a policy lets that pass."""
 
 
 def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:

@@ -19,7 +19,7 @@ from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
 from inlay.core.slot import Slot
 
-__all__ = ["adapter_slots", "adapter_tensors", "base_target", "key_index", "slot_holder"]
+__all__ = ["adapter_slots", "adapter_tensors", "base_target", "foreign_biases", "key_index", "slot_holder"]
 
 
 def adapter_slots(model: nn.Module, adapter: str = "default") -> dict[str, Target]:
@@ -187,6 +187,15 @@ def _biases(tree: Tree, adapter: str) -> Iterator[Target]:
         bias = node.module._parameters.get("bias")
         if bias is not None and (mode == "all" or id(node.module) in adapted):
             yield base_target(node, "bias", "bias")
+
+
+def foreign_biases(tree: Tree, index: KeyIndex) -> list[Target]:
+    """Return the base biases that do not train with the adapter; a file of one that trained them may still hold them."""
+    return [
+        base_target(node, "bias", "embedding")  # as embeddings: given back when the adapters are unloaded
+        for node in tree.nodes
+        if node.module._parameters.get("bias") is not None and index.holding(node.module, "bias") is None
+    ]
 
 
 def base_target(node: Node, attribute: str, part: str) -> Target:

@@ -27,8 +27,10 @@ def get_peft_model(
 ) -> PeftModel:
     """Put an adapter into a model, in place, and return the wrapper that drives it; see :func:`inlay.get_peft_model`.
 
-    What PEFT lets pass, or does without being asked, is let pass and done.
+    What PEFT lets pass, or does without being asked, is let pass and done. Warns where the model has adapters already,
+    and where the configuration names another base model or revision than what it is now used with.
     """
+    _announce(model, peft_config, revision)
     return wrap(
         model,
         peft_config,
@@ -39,6 +41,29 @@ def get_peft_model(
         revision=revision,
         low_memory=low_cpu_mem_usage,
     )
+
+
+def _announce(model: nn.Module, config: PeftConfig, revision: str | None) -> None:
+    """Warn of what is about to be overwritten or added to."""
+    if getattr(model, "peft_config", None):
+        warnings.warn(
+            f"{type(model).__name__} has adapters already; unload them first if they are to be replaced",
+            InlayWarning,
+            stacklevel=3,
+        )
+    named, name = config.base_model_name_or_path, getattr(model, "name_or_path", None) or None
+    if named is not None and named != name:
+        warnings.warn(
+            f"base_model_name_or_path is {named!r} in the configuration and becomes {name!r}, as the model says",
+            InlayWarning,
+            stacklevel=3,
+        )
+    if revision is not None and config.revision not in (None, revision):
+        warnings.warn(
+            f"the configuration says revision {config.revision!r}, and the call {revision!r}, which is taken",
+            InlayWarning,
+            stacklevel=3,
+        )
 
 
 def inject_adapter_in_model(

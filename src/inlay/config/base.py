@@ -30,6 +30,7 @@ from inlay.config.settings import Settings, setting, settings
 from inlay.config.types import PeftType, TaskType
 from inlay.errors import (
     CheckpointError,
+    CheckpointKeyError,
     ConfigError,
     InlayWarning,
     UnknownFieldError,
@@ -182,7 +183,8 @@ class PeftConfig(Settings, PushToHub):
 
         Raises:
             CheckpointMissingError: no such file there.
-            CheckpointError: the file is damaged or names no method.
+            CheckpointError: the file is damaged.
+            CheckpointKeyError: it names no method.
             ConfigError: the file names an unknown method or holds a wrong value; names file and field.
         """
         hub_keywords = {key: value for key, value in kwargs.items() if key in HUB_KEYWORDS}
@@ -190,7 +192,7 @@ class PeftConfig(Settings, PushToHub):
         found = cls.from_json_file(path)
         if not isinstance(found.get("peft_type"), str):
             what = f"found {found['peft_type']!r}" if "peft_type" in found else "found no such key"
-            raise CheckpointError(f"{path}: key 'peft_type': expected the name of a method, {what}.")
+            raise CheckpointKeyError(f"{path}: key 'peft_type': expected the name of a method, {what}.")
         target = _class_for(found["peft_type"], path)
         if not issubclass(target, cls):
             warnings.warn(

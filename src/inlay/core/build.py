@@ -30,6 +30,10 @@ def build(plan: Plan, placement: Placement, low_memory: bool, fill: bool, seed: 
         return {}
     meta = torch.device("meta")
     layout = placement.layout
+    if fill and not low_memory and not plan.policy.own_seed:
+        for slot in placement.slots.values():
+            if slot.discarded is not None:
+                slot.discarded(torch.empty(slot.shape, dtype=placement.dtype), torch.default_generator)
     return {
         role: spread(
             _new(

@@ -14,7 +14,7 @@ from inlay.core.kind import kind_of
 from inlay.core.mount import ModuleCopies
 from inlay.core.patterns import layer_index, matcher, pattern_key
 from inlay.core.targets import ALL_LINEAR, Place, base_parameters, linear_paths, shortened
-from inlay.errors import InlayWarning, TargetError, UnsupportedError, did_you_mean, nearest
+from inlay.errors import TargetError, TargetWarning, UnsupportedError, did_you_mean, nearest
 
 if TYPE_CHECKING:
     from inlay.core.plan import Plan
@@ -59,11 +59,11 @@ def choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
             continue
         if indices is not None and layer_index(place.path, config.layers_pattern) not in indices:
             continue
-        if isinstance(place.module, ModuleCopies):
+        copied = covering(made, place.path)
+        if isinstance(place.module, ModuleCopies) and copied is None:
             raise TargetError(
                 f"{place.path!r} is trained in full by modules_to_save of another adapter; {pattern!r} cannot adapt it"
             )
-        copied = covering(made, place.path)
         if copied is not None:  # trained in full
             inside.setdefault(pattern, copied)
             continue
@@ -161,6 +161,7 @@ def check_patterns(made: Plan) -> None:
     message = f"{type(made.model).__name__}: " + "; ".join(lines)
     if made.policy.strict_targets:
         raise TargetError(message)
-    loud = [line for line in lines if not line.startswith(("target_modules", "target_parameters", "modules_to_save"))]
-    if loud:
-        warnings.warn("; ".join(loud), InlayWarning, stacklevel=4)
+    used = {"target_modules" if p.site.parameter is None else "target_parameters" for p in made.placements}
+    for line in lines:  # of what is targeted, it is enough that something was found
+        if not line.startswith((*used, "modules_to_save")):
+            warnings.warn(line, TargetWarning, stacklevel=4)

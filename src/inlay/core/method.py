@@ -171,7 +171,9 @@ class Method:
             getattr(config, other, None) for other in ("target_parameters", "trainable_token_indices")
         ):
             return {}
-        targets = default_targets(config.peft_type.value, model_type) if model_type else None
+        targets = (
+            default_targets(getattr(config.peft_type, "value", config.peft_type), model_type) if model_type else None
+        )
         if targets is None:
             family = f"the model family {model_type!r} has no default" if model_type else "the model names no family"
             raise TargetError(

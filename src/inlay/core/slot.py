@@ -90,6 +90,8 @@ class Slot:
         leaf: ``"down"`` (layer input to rank) or ``"up"`` (rank to layer output) asks for a module that can be
             called on its own, like the ``lora_A`` and ``lora_B`` of PEFT; otherwise a bare holder is made.
         blocks: how many equal blocks the rank axis (``r``) consists of; a change of the rank changes each of them.
+        discarded: what PEFT draws for the tensor first, and then replaces. It is drawn where initial values come from
+            torch's global random stream, so that a seed gives PEFT's values.
     """
 
     key: str
@@ -103,6 +105,7 @@ class Slot:
     dtype: torch.dtype | None = None
     leaf: str | None = None
     blocks: int = 1
+    discarded: Init | None = None
 
     def __post_init__(self) -> None:
         if self.key.split(".").count("*") != 1:

@@ -22,7 +22,7 @@ from inlay.config import (
 from inlay.core.affine import LowRank, Site
 from inlay.core.method import Method, P
 from inlay.core.registry import register_method
-from inlay.core.slot import Init, KaimingUniform, Normal, Slot, zeros
+from inlay.core.slot import Init, KaimingUniform, Normal, Slot, Uniform, zeros
 from inlay.errors import ConfigError
 
 __all__ = ["LoRA", "LoraConfig", "LoraRuntimeConfig"]
@@ -174,26 +174,38 @@ class LoRA(Method):
             return "lora_bias needs a layer that can have a bias"
         return None
 
+    def note(self, site: Site) -> str | None:
+        if self.config.lora_bias and not site.bias:
+            return (
+                "lora_bias trains a bias that the layer itself does not have, so the adapter cannot be merged into it"
+            )
+        return None
+
     def slots(self, site: Site) -> dict[str, Slot]:
         r = self.options(site)["r"]
         start = self.config.init_lora_weights
         A: Init = Normal(1.0 / r) if start == "gaussian" else KaimingUniform()
         B: Init = KaimingUniform() if start is False else zeros
+        drawn = start is not False  # PEFT makes ordinary layers first, which draw values of their own
         if site.lookup:
+            first: dict[str, Any] = {"discarded": Normal(1.0)} if drawn else {}
             # One-hot inputs read columns of A, so A takes the zeros: B then gets gradients of a useful size at once.
             return {
-                "A": site.slot("lora_embedding_A.*", "r in", Normal(1.0) if start is False else zeros, r=r),
-                "B": site.slot("lora_embedding_B.*", "out r", Normal(1.0), r=r),
+                "A": site.slot("lora_embedding_A.*", "r in", zeros if drawn else Normal(1.0), options=first, r=r),
+                "B": site.slot("lora_embedding_B.*", "out r", Normal(1.0), options=first, r=r),
             }
         n = math.prod(site.experts) * r
         # each group of outputs, and each expert, has a part of A's rank axis to itself
-        down = {"leaf": "down", "blocks": site.groups * (n // r)}
+        first = {"discarded": KaimingUniform()} if drawn else {}
+        down = {"leaf": "down", "blocks": site.groups * (n // r), **first}
+        rank = n // site.groups
         slots = {
             "A": site.slot("lora_A.*.weight", "r all_in *kernel", A, options=down, r=n),
-            "B": site.slot("lora_B.*.weight", "out r *ones", B, options={"leaf": "up"}, r=n // site.groups),
+            "B": site.slot("lora_B.*.weight", "out r *ones", B, options={"leaf": "up", **first}, r=rank),
         }
         if self.config.lora_bias:
-            slots["bias"] = site.slot("lora_B.*.bias", "out", options={"leaf": "up"})
+            first = {"discarded": Uniform(1 / math.sqrt(rank))} if drawn else {}
+            slots["bias"] = site.slot("lora_B.*.bias", "out", options={"leaf": "up", **first})
         return slots
 
     def delta(self, site: Site, p: P) -> LowRank:

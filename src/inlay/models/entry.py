@@ -75,7 +75,7 @@ def wrap(
     cls: type[PeftModel] = PeftMixedModel if mixed else wrapper_class(config.task_type)
     wrapper = cls.around(model, policy, cls.tuner or tuner_class(config.peft_type))
     wrapper._first(config, name, autocast, low_memory)
-    config.base_model_name_or_path = getattr(model, "name_or_path", None) or model.__dict__.get("name_or_path")
+    config.base_model_name_or_path = getattr(model, "name_or_path", None) or model.__dict__.get("name_or_path") or None
     if revision is not None:
         config.revision = revision
     return wrapper

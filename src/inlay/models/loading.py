@@ -53,15 +53,20 @@ class LoadOptions:
     hub: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def gathered(cls, where: str, kwargs: dict[str, Any], *, ephemeral: bool, **given: Any) -> LoadOptions:
+    def gathered(
+        cls, where: str, kwargs: dict[str, Any], *, ephemeral: bool, model: nn.Module, policy: Policy, **given: Any
+    ) -> LoadOptions:
         """Sort a loading function's keywords.
 
         Raises:
-            UnsupportedError: keywords that would move an offloaded model.
+            UnsupportedError: keywords that would move an offloaded model. Where nothing is offloaded they mean nothing,
+                and the policy says whether that is let pass.
             UnknownFieldError: any other unknown keyword.
         """
         for name in sorted(_DISPATCH & kwargs.keys()):
-            raise UnsupportedError(f"{where}: {name}: loading adapters onto an offloaded model is not available")
+            if policy.strict_load or _offloaded(model):
+                raise UnsupportedError(f"{where}: {name}: loading adapters onto an offloaded model is not available")
+            del kwargs[name]
         if ephemeral:
             raise UnsupportedError(f"{where}: ephemeral_gpu_offload is not available")
         known = {*HUB_KEYWORDS, *_OWN}
@@ -75,6 +80,12 @@ class LoadOptions:
         }
         values.update((key, value) for key, value in given.items() if value is not None)
         return cls(**values)
+
+
+def _offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps parts of a model on the CPU or on disk while others lie elsewhere."""
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    return len(places) > 1 and bool(places & {"cpu", "disk"})
 
 
 def refuse_unknown(kwargs: dict[str, Any], where: str, known: set[str]) -> None:

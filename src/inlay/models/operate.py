@@ -232,9 +232,16 @@ def take_out(
         MergeError: the merge would lose something; the model is then as before.
     """
     if merged and state.records:
-        wanted = list(state.active if names is None else names)
-        merge_into(state, names, keep="none", progressbar=progressbar)
-        set_active(state, wanted)  # so that the right full copies stay
+        if isinstance(names, str):
+            raise ConfigTypeError(f"adapter_names: expected a list of names, found the string {names!r}")
+        before = state.active
+        if names is not None:  # the others are dropped, and the right full copies stay
+            set_active(state, names)
+        try:
+            merge_into(state, names, keep="none", progressbar=progressbar)
+        except BaseException:
+            set_active(state, before)
+            raise
         state.enabled = True
     elif not merged:
         unmerge(state)

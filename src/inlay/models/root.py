@@ -40,11 +40,13 @@ class Configs(dict[str, Any]):
 
 def mark(root: nn.Module, state: State) -> None:
     """Make a bare model carry its state and configurations, as they are now."""
+    held = root.__dict__.get("peft_config")
     if not state.records:
+        if isinstance(held, Configs):
+            held.refresh()  # whoever holds it sees that the last adapter is gone
         unmark(root)
         return
     root.__dict__["_state"] = state
-    held = root.__dict__.get("peft_config")
     if isinstance(held, Configs) and held._records is state.records:
         held.refresh()
     else:
