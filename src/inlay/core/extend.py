@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from inlay.core.copies import check_copies, plan_copies, tie_copies
 from inlay.core.parameter import plan_parameters
 from inlay.core.patterns import matcher
 from inlay.core.registry import method_class
-from inlay.core.targets import Place
+from inlay.core.targets import Place, places
 from inlay.core.tied import Group, owners, tied_groups, tied_placement, warn_untied
 from inlay.errors import ConfigError, ConfigTypeError, InlayWarning, TargetError, did_you_mean
 
 if TYPE_CHECKING:
     from inlay.core.plan import Placement, Plan
 
-__all__ = ["extend_plan", "readable", "without_companions"]
+__all__ = ["extend_plan", "plan_extras", "plan_tokens", "readable", "without_companions"]
 
 # where the model does not say which layer embeds its input
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared")
@@ -28,13 +29,26 @@ def extend_plan(made: Plan, everything: list[Place]) -> None:
     """Add placements for what the config's shared fields ask for."""
     groups = tied_groups(everything)
     _tie_targets(made, groups)
-    _plan_tokens(made, everything, groups)
+    plan_tokens(made, everything, groups)
     _plan_companions(made, everything)
     plan_parameters(made, everything)
     holders = owners(everything)
     for placement in made.placements:
         weight = placement.place.base._parameters.get(placement.kind.weight_name)
         placement.shares = tuple(p.path for p in holders.get(id(weight), ()) if p is not placement.place)
+
+
+def plan_extras(made: Plan) -> None:
+    """Find what a config trains beside its method's own layers, for a method that puts those in by itself.
+
+    Raises:
+        what :func:`inlay.core.plan.plan` raises.
+    """
+    everything = places(made.model)
+    plan_copies(made, everything)
+    plan_tokens(made, everything)
+    tie_copies(made, everything)
+    check_copies(made)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -100,6 +114,8 @@ def _tie_targets(made: Plan, groups: list[Group]) -> None:
             continue
         first = next(iter(chosen.values()))
         source = chosen.get(id(group.source.base))
+        if not always and source is not None and len(chosen) == 1 and _trained_apart(made, source, group):
+            continue
         made.placements[:] = [p for p in made.placements if id(p.place.base) not in group.ids or p is source]
         if source is None:
             source = place_method(made, group.source, first.pattern, first.method)
@@ -117,6 +133,17 @@ def _tie_targets(made: Plan, groups: list[Group]) -> None:
         )
 
 
+def _trained_apart(made: Plan, source: Placement, group: Group) -> bool:
+    """Whether a checkpoint has an embedding's factors and none for the layers that share its weight.
+
+    PEFT 0.18 never tied adapters of layers, and later releases tie those with certain names only; what they tie, they
+    write under every name.
+    """
+    if not made.keys or source.slots.keys() != {"A", "B"}:
+        return False
+    return not any(f"{place.path}.lora_" in key for key in made.keys for place in group.members)
+
+
 def _followers(made: Plan, source: Placement, group: Group) -> list[Placement]:
     found = (tied_placement(made, source, place) for place in group.members)
     return [placement for placement in found if placement is not None]
@@ -125,11 +152,12 @@ def _followers(made: Plan, source: Placement, group: Group) -> list[Placement]:
 # -- token rows -----------------------------------------------------------------------------------------------------
 
 
-def _plan_tokens(made: Plan, everything: list[Place], groups: list[Group]) -> None:
+def plan_tokens(made: Plan, everything: list[Place], groups: list[Group] | None = None) -> None:
     """Add the token rows that train beside another method."""
     wanted = getattr(made.config, "trainable_token_indices", None)
     if not wanted:
         return
+    groups = tied_groups(everything) if groups is None else groups
     by_place: dict[int, tuple[Place, list[int], str]] = {}
     if isinstance(wanted, dict):
         for name, indices in wanted.items():

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from inlay.core.entry import AdapterTensors
+from inlay.core.holder import EntryHolder
 from inlay.core.slot import Slot
 from inlay.core.state import State
-from inlay.core.holder import EntryHolder
 
 __all__ = ["container", "dismount", "drop_shared", "forget_unused", "hang"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from inlay.core.targets import base_parameters
 from inlay.errors import StateError
 from inlay.parallel.hooks import lift, lower
 
-__all__ = ["inject", "mount", "prepare"]
+__all__ = ["freeze", "inject", "mount", "occupy", "prepare"]
 
 # One step back, should a later step of an injection fail.
 Undo = Callable[[], object]
@@ -66,7 +66,7 @@ def inject(
             raise StateError(f"adapter {plan.adapter!r} came after this plan was made; plan again")
         shared = build_shared(plan, low_memory, seed)
         built = [(placement, build(plan, placement, low_memory, initialise, seed)) for placement in plan.placements]
-        above = _freeze(plan.model, state, parameters, undo)
+        above = freeze(plan.model, state, parameters, undo)
         if above:  # the model is a part of the one that had the first adapter
             for placement, _ in built:
                 placement.site = placement.site.below(above)
@@ -76,13 +76,7 @@ def inject(
             undo.append(partial(plan.replication.restore, plan.model))
             undo.append(partial(setattr, state, "replication", None))
             state.replication = plan.replication
-        for placement, tensors in built:
-            layer = _adapted(placement, state, undo)
-            layer.receive(plan.adapter, placement.method, partial(mount, layer, plan, placement, tensors, undo))
-        for place, _ in plan.copies:
-            _copy_module(place, plan.adapter, state, undo)
-        _tie_copies(plan)
-        undo.append(silence_readers(plan.model))
+        occupy(plan, state, built, undo)
         if shared:
             _mount_shared(plan, state, shared, undo)
         biased = tuple(above + name for name in biases)
@@ -113,7 +107,18 @@ def inject(
     return state
 
 
-def _freeze(model: nn.Module, state: State, parameters: dict[str, nn.Parameter], undo: list[Undo]) -> str:
+def occupy(plan: Plan, state: State, built: Iterable[tuple[Placement, dict[str, Tensor]]], undo: list[Undo]) -> None:
+    """Put layers with their tensors, and full copies of modules, where a plan has them."""
+    for placement, tensors in built:
+        layer = _adapted(placement, state, undo)
+        layer.receive(plan.adapter, placement.method, partial(mount, layer, plan, placement, tensors, undo))
+    for place, _ in plan.copies:
+        _copy_module(place, plan.adapter, state, undo)
+    _tie_copies(plan)
+    undo.append(silence_readers(plan.model))
+
+
+def freeze(model: nn.Module, state: State, parameters: dict[str, nn.Parameter], undo: list[Undo]) -> str:
     """Freeze what no earlier adapter has frozen; returns what the state's names have before this model's."""
     above = offsets(state, model)[1]
     new = {name: p for name, p in parameters.items() if above + name not in state.base_grad}

@@ -93,6 +93,7 @@ class Plan:
         biases: base biases that will train, by the names they have without adapters.
         resolved: config fields whose resolved values are written back.
         replication: the longer list of blocks that the placements lie in, if there is one.
+        keys: names of the tensors that the adapter will be filled with, where they are known.
     """
 
     model: nn.Module
@@ -111,6 +112,7 @@ class Plan:
     biases: list[str] = field(default_factory=list)
     resolved: dict[str, Any] = field(default_factory=dict)
     replication: Replication | None = None
+    keys: frozenset[str] = frozenset()
 
     @property
     def trainable(self) -> int:
@@ -191,6 +193,7 @@ def plan(
     method = method_class(config.peft_type).variant(config)(copy.deepcopy(config))
     method.prefix_patterns = policy.prefix_patterns
     made = Plan(model, adapter_name, config, method, policy, state, autocast_adapter_dtype)
+    made.keys = frozenset(held or ())
     for field_name, value in method.implied(model, model_type(model)).items():
         made.resolved[field_name] = value
         setattr(method.config, field_name, copy.deepcopy(value))

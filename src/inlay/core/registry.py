@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +24,47 @@ BUILTIN_METHODS: dict[str, str] = {
 }
 
 _methods: dict[str, type[Method]] = {}
-_configs: dict[str, type[Any]] = {}
+_tuners: dict[str, type[Any]] = {}
+
+# Asked in turn for the class that stands between a wrapper and a model with adapters of a method: peft_type -> class
+# or None. A namespace that has such classes adds itself here.
+tuner_sources: list[Callable[[str], type[Any] | None]] = []
 
 
-def register_method(method: type[Method]) -> type[Method]:
-    """Class decorator: enter a method and its config class under the config's ``peft_type``."""
-    key = str(getattr(method.config_class.peft_type, "value", method.config_class.peft_type))
+def register_method(method: type[Method], peft_type: Any = None) -> type[Method]:
+    """Class decorator: enter a method and its config class under the config's ``peft_type``, or under another one."""
+    key = _key(method.config_class.peft_type if peft_type is None else peft_type)
     known = _methods.get(key)
     if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
         raise ConfigError(f"peft_type {key!r} is already registered by {known.__module__}.{known.__qualname__}")
     _methods[key] = method
-    _configs[key] = method.config_class
     return method
+
+
+def register_tuner(peft_type: Any, cls: type[Any]) -> None:
+    """Enter the class that stands between a wrapper and a model with adapters of a method."""
+    _tuners[_key(peft_type)] = cls
+
+
+def forget_tuner(peft_type: Any) -> None:
+    """Undo :func:`register_tuner`.
+
+    Raises:
+        KeyError: nothing was entered.
+    """
+    del _tuners[_key(peft_type)]
+
+
+def registered_tuner(peft_type: Any) -> type[Any] | None:
+    """Return the class that was entered for a method, or that a source has for it; None where there is none."""
+    key = _key(peft_type)
+    if key in _tuners:
+        return _tuners[key]
+    return next((cls for cls in (source(key) for source in tuner_sources) if cls is not None), None)
+
+
+def _key(peft_type: Any) -> str:
+    return str(getattr(peft_type, "value", peft_type))
 
 
 def method_types() -> list[str]:
@@ -48,7 +78,7 @@ def method_class(peft_type: Any) -> type[Method]:
     Raises:
         UnknownMethodError: no method of that name exists.
     """
-    key = str(getattr(peft_type, "value", peft_type))
+    key = _key(peft_type)
     if key not in _methods and key in BUILTIN_METHODS:
         import_module(BUILTIN_METHODS[key])
     if key not in _methods:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from inlay.core.state import State
 from inlay.errors import ConfigError, UnsupportedError
 
-__all__ = ["Replication", "installed", "replication_of"]
+__all__ = ["Replication", "installed", "replicate", "replication_of"]
 
 # what families call their list of blocks
 _LISTS = ("layers", "layer", "h")
@@ -78,7 +78,7 @@ def replication_of(model: nn.Module, config: Any, state: State | None) -> Replic
     ranges = tuple((int(start), int(end)) for start, end in wanted)
     if state is not None and state.replication is not None and state.replication.ranges == ranges:
         return None
-    if state is not None:
+    if state is not None and state.records:
         has = "none" if state.replication is None else list(state.replication.ranges)
         raise UnsupportedError(
             f"layer_replication={list(ranges)}: the model has adapters already, planned on its present blocks "
@@ -89,6 +89,17 @@ def replication_of(model: nn.Module, config: Any, state: State | None) -> Replic
             f"layer_replication with bias={config.bias!r}: repeated blocks share their biases, so none of them can "
             "train its own"
         )
+    return replicate(model, ranges)
+
+
+def replicate(model: nn.Module, layer_map: Iterable[tuple[int, int]]) -> Replication:
+    """Return the replication that repeats the blocks of [start, end) ranges; the model is not changed yet.
+
+    Raises:
+        ConfigError: a range lies outside the model's blocks, or is empty.
+        UnsupportedError: the model has no list of blocks.
+    """
+    ranges = tuple((int(start), int(end)) for start, end in layer_map)
     parent, name, blocks = _blocks(model)
     for start, end in ranges:
         if not 0 <= start < end <= len(blocks):

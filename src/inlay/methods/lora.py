@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from inlay.config import (
     FanInFanOutField,
@@ -105,6 +105,15 @@ class LoraConfig(TargetFields, LayerFields, PatternFields, FanInFanOutField, Pef
     ensure_weight_tying: bool = setting(
         default=False, doc="Adapt layers that share their weight together, with one set of tensors."
     )
+
+    def _register_custom_module(self, mapping: dict[type[nn.Module], type[nn.Module]]) -> None:
+        """Let modules of some classes be adapted by layers of other classes than Inlay's; this is not saved.
+
+        Args:
+            mapping: class of a module -> class of the layer over it, which is constructed with the module, the
+                adapter's name, ``config=`` and further keywords.
+        """
+        self.__dict__.setdefault("_custom_modules", {}).update(mapping)
 
     def check_fields(self) -> None:
         super().check_fields()

@@ -10,6 +10,7 @@ from inlay.config import PeftConfig
 from inlay.core.plan import Plan
 from inlay.core.plan import plan as make_plan
 from inlay.core.policy import INLAY, Policy
+from inlay.core.state import State, find_state
 from inlay.errors import ConfigTypeError, StateError, UnknownMethodError
 from inlay.models import operate
 from inlay.models.mixed import PeftMixedModel
@@ -119,10 +120,16 @@ def inject_bare(
     autocast: bool = True,
 ) -> nn.Module:
     """Do what :func:`inject_adapter_in_model` does, under a policy."""
+    operate.refuse_prompts(config)
     root = model.get_base_model() if isinstance(model, PeftModel) else model
-    state = operate.add(
-        root, config, name, policy=policy, autocast=autocast, low_memory=low_memory, state_dict=state_dict
-    )
+    own = tuner_class(config.peft_type)
+    if own.injects(config):
+        tuner = own.within(root, find_state(root) or State(policy=policy))
+        state = tuner._put_in(config, name, autocast=autocast, low_memory=low_memory, state_dict=state_dict)
+    else:
+        state = operate.add(
+            root, config, name, policy=policy, autocast=autocast, low_memory=low_memory, state_dict=state_dict
+        )
     operate.activate(state, name)
     return model
 

@@ -1,12 +1,12 @@
-"""Methods and tasks to classes, as read-only mappings that import a method when it is looked up."""
+"""Methods and tasks to classes, as mappings that import a method when it is looked up."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 from inlay.config.types import PeftType, TaskType
-from inlay.core.registry import config_class, method_types
+from inlay.core.registry import config_class, forget_tuner, method_types, register_tuner
 from inlay.errors import ConfigError
 from inlay.models.peft_model import PeftModel
 from inlay.models.tasks import wrapper_class
@@ -39,6 +39,16 @@ class _ByMethod(Mapping[Any, V]):
         return f"{{{', '.join(f'{key!r}: {value!r}' for key, value in self.items())}}}"
 
 
+class _Tuners(_ByMethod[type[AdapterModel]], MutableMapping[Any, type[AdapterModel]]):
+    """The same, where a class of one's own may be entered and taken out again."""
+
+    def __setitem__(self, peft_type: Any, cls: type[AdapterModel]) -> None:
+        register_tuner(peft_type, cls)
+
+    def __delitem__(self, peft_type: Any) -> None:
+        forget_tuner(peft_type)
+
+
 PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[Any, type[Any]] = _ByMethod(config_class)
-PEFT_TYPE_TO_TUNER_MAPPING: Mapping[Any, type[AdapterModel]] = _ByMethod(tuner_class)
+PEFT_TYPE_TO_TUNER_MAPPING: MutableMapping[Any, type[AdapterModel]] = _Tuners(tuner_class)
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {task.value: wrapper_class(task) for task in TaskType}

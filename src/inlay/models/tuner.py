@@ -1,7 +1,7 @@
 """What stands between the wrapper and the bare model: ``peft_model.base_model``, with the model at ``.model``.
 
-PEFT has a class per method there (``LoraModel``, ``IA3Model``, ...), which user code names and prints. Here they are
-one class, :class:`AdapterModel`; the other names exist as empty subclasses, made when they are asked for.
+One class for every method. A subclass may be registered for a method (``core.registry.register_tuner``), and may put
+adapters in its own way (:meth:`AdapterModel.injects`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from inlay.core.active import set_trainable
 from inlay.core.layer import AdaptedLayer
 from inlay.core.policy import Policy, default_policy
-from inlay.core.registry import method_class, method_types
+from inlay.core.registry import method_class, registered_tuner
 from inlay.core.shared import register_shared
 from inlay.core.state import State, find_state
 from inlay.models import operate
 from inlay.models.root import Configs, mark
 
-__all__ = ["AdapterModel", "tuner_class", "tuner_name"]
+__all__ = ["AdapterModel", "tuner_class"]
 
 
 class AdapterModel(nn.Module):
@@ -70,6 +70,16 @@ class AdapterModel(nn.Module):
         if found is not None:
             register_shared(model, found)
 
+    @classmethod
+    def within(cls, model: nn.Module, state: State) -> AdapterModel:
+        """Return a tuner for a model that has another holder, or none."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.model = model
+        self.training = model.training
+        self.__dict__["_state"] = state
+        return self
+
     @property
     def state(self) -> State:
         """The state that all adapted layers share."""
@@ -105,11 +115,13 @@ class AdapterModel(nn.Module):
         then: Callable[[State], object] | None = None,
     ) -> None:
         """Put an adapter in; see :func:`inlay.models.operate.add`."""
-        self.__dict__["_state"] = operate.add(
-            self.model,
+        operate.refuse_prompts(config)
+        own = tuner_class(config.peft_type)
+        mine = not own.injects(config) or issubclass(type(self), own)
+        tuner = self if mine else own.within(self.model, self.state)
+        self.__dict__["_state"] = tuner._put_in(
             config,
             name,
-            state=self.state,
             autocast=autocast,
             low_memory=low_memory,
             initialise=initialise,
@@ -117,6 +129,15 @@ class AdapterModel(nn.Module):
             held=held,
             then=then,
         )
+
+    @classmethod
+    def injects(cls, config: Any) -> bool:
+        """Whether this class puts an adapter in its own way, instead of leaving that to the engine."""
+        return False
+
+    def _put_in(self, config: Any, name: str, **options: Any) -> State:
+        """Put an adapter in and return the state that it is in; a subclass may do so in its own way."""
+        return operate.add(self.model, config, name, state=self.state, **options)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; see :meth:`inlay.PeftModel.delete_adapter`."""
@@ -221,31 +242,11 @@ class AdapterModel(nn.Module):
         return operate.take_out(self.model, self.state, merged=False)
 
 
-def tuner_name(config_class: type[Any]) -> str:
-    """Return what PEFT calls the tuner of a method: ``LoraModel`` for ``LoraConfig``."""
-    return f"{config_class.__name__.removesuffix('Config')}Model"
-
-
-_classes: dict[str, type[AdapterModel]] = {}
-
-
 def tuner_class(peft_type: Any) -> type[AdapterModel]:
-    """Return the tuner class of a method, an empty subclass of :class:`AdapterModel`.
+    """Return the class of ``base_model`` for a method: one that was registered for it, or :class:`AdapterModel`.
 
     Raises:
-        ConfigError: no method of that name exists.
+        UnknownMethodError: no method of that name exists.
     """
-    method = method_class(peft_type)
-    name = tuner_name(method.config_class)
-    if name not in _classes:
-        _classes[name] = type(name, (AdapterModel,), {"prefix": method.prefix, "__module__": __name__})
-    return _classes[name]
-
-
-def __getattr__(name: str) -> Any:
-    """Find a tuner class by its name, which is how pickle looks for it."""
-    if name.endswith("Model"):
-        for peft_type in method_types():
-            if tuner_name(method_class(peft_type).config_class) == name:
-                return tuner_class(peft_type)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    method_class(peft_type)
+    return registered_tuner(peft_type) or AdapterModel
