@@ -17,6 +17,7 @@
     │   └── CombinationError (RuntimeError)           adapters that cannot be combined as asked
     │       └── NoCombinationError (AttributeError)   ... because their method has no combination
     ├── MergeError (ValueError)             a merge that would lose or corrupt something
+    │   └── NoBiasError (RuntimeError)      ... a bias, because the layer has no place for one
     ├── RoutingError (ValueError)           adapters chosen per sample that cannot be honoured
     ├── StateError (RuntimeError)           an operation that does not fit the model's present state
     ├── CheckpointError (ValueError)        an adapter folder or file that cannot be used
@@ -51,6 +52,7 @@ __all__ = [
     "InlayWarning",
     "MergeError",
     "MissingExtraError",
+    "NoBiasError",
     "NoCombinationError",
     "NoTargetError",
     "NotAvailableError",
@@ -129,6 +131,10 @@ class NoCombinationError(CombinationError, AttributeError):
 
 class MergeError(InlayError, ValueError):
     """A merge or unmerge was refused; model weights are as they were before the call."""
+
+
+class NoBiasError(MergeError, UnsupportedError, RuntimeError):
+    """An update with a bias cannot be written into a layer that has none."""
 
 
 class RoutingError(InlayError, ValueError):

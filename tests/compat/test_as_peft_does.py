@@ -202,3 +202,15 @@ def test_what_is_overwritten_is_said(library: Any) -> None:
     assert "revision" in text
     with pytest.warns(UserWarning, match="unload"):
         library.get_peft_model(model, library.LoraConfig(target_modules=["lin1"], r=2), "other")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_merging_a_bias_that_the_layer_lacks_is_a_runtime_error(library: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = library.LoraConfig(target_modules=["lin1"], r=2, lora_bias=True)
+        model = library.get_peft_model(small(), config)
+    before = model.base_model.model.lin1.base_layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="bias"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(model.base_model.model.lin1.base_layer.weight, before)

@@ -16,7 +16,7 @@ from inlay.core import storage
 from inlay.core.affine import Affine, Site
 from inlay.core.route import split_rows
 from inlay.core.slot import Slot
-from inlay.errors import UnsupportedError
+from inlay.errors import NoBiasError
 
 if TYPE_CHECKING:
     from inlay.core.layer import AdaptedLayer
@@ -99,12 +99,12 @@ class Kind:
         """Return what to write so that the module computes ``affine``: stored tensors by parameter name.
 
         Raises:
-            UnsupportedError: the map has a bias, and the module has no place for one.
+            NoBiasError: the map has a bias, and the module has no place for one.
         """
         tensors = {self.weight_name: self.from_matrix(site, affine.weight)}
         if affine.bias is not None:
             if not site.bias:
-                raise UnsupportedError(
+                raise NoBiasError(
                     f"{site.name!r} ({type(module).__name__}) has no bias, so an update with a bias cannot be written "
                     "into it; it runs unmerged where the layer has a forward pass of its own"
                 )
