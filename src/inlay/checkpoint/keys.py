@@ -46,8 +46,8 @@ def key_index(tree: Tree, adapter: str) -> KeyIndex:
     """Return the index of one adapter's tensors, those that are not saved included."""
     tree.state.record(adapter)
     index = KeyIndex(tree.wrapped)
-    for targets in (_slots(tree, adapter), _shared(tree, adapter), _biases(tree, adapter), _copies(tree, adapter)):
-        for target in targets:
+    for find in (_slots, _written, _shared, _biases, _copies):
+        for target in find(tree, adapter):
             index.add(target)
     _add_tied(index, tree, adapter)
     return index
@@ -149,6 +149,27 @@ def _target(
 
 def _template(before: str, after: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(part for part in before.split(".") if part), tuple(part for part in after.split(".") if part)
+
+
+def _written(tree: Tree, adapter: str) -> Iterator[Target]:
+    """Tensors of layers that others wrote, and of a tuner around the model; they say what a checkpoint calls them."""
+    for follower in tree.state.layers():
+        node = tree.node(follower.standing)
+        above = ROOT_PREFIX if node is None else f"{MODEL_PREFIX}{_dotted(node.path, '')}"
+        memory = (ROOT_PREFIX if tree.wrapped else "") if node is None else _dotted(node.memory, "")
+        covered = None if node is None else node.module._modules.get(follower.base_attribute)
+        base = None if covered is None else next(covered.parameters(), None)
+        for name, holder, attribute in follower.saved_tensors(adapter):
+            key = follower.disk_key(f"{above}{name}", adapter)
+            target = Target(key, holder, attribute, torch.Size(()), f"{memory}{name}", "slot")
+            target.shape = target.tensor.shape
+            target.device = None if base is None else base.device
+            parts = name.split(".")
+            if adapter in parts:
+                place = parts.index(adapter)
+                before = f"{above}{'.'.join(parts[:place])}"
+                target.templates = (_template(before, ".".join(parts[place + 1 :])),)
+            yield target
 
 
 def _shared(tree: Tree, adapter: str) -> Iterator[Target]:

@@ -15,8 +15,8 @@ from inlay.checkpoint.keys import key_index
 from inlay.checkpoint.migrations import migrated
 from inlay.checkpoint.resolve import Resolution, listed, resolve
 from inlay.checkpoint.target import KeyIndex, Target
+from inlay.checkpoint.translation import collected, renamed
 from inlay.checkpoint.tree import TRANSPARENT, Tree
-from inlay.core.layer import AdaptedLayer
 from inlay.errors import CheckpointError, CheckpointMismatchError, InlayWarning, StateError, did_you_mean
 from inlay.parallel.tensors import gather, is_distributed, local_share, rewrap, scatter
 
@@ -63,7 +63,7 @@ def get_peft_model_state_dict(
     for key, (source, transposed) in index.derived.items():
         value = result[index.rendered(source.key)]
         result[index.rendered(key)] = value.mT if transposed else value
-    return result
+    return collected(tree, index, adapter_name, result, state_dict)
 
 
 class _Given:
@@ -146,12 +146,12 @@ def load_tensors(
     """
     tree = Tree(model)
     index = key_index(tree, adapter)
-    for node in tree.nodes:
-        if isinstance(node.module, AdaptedLayer) and adapter in node.module.merged_adapters:
-            raise StateError(f"adapter {adapter!r} is merged into {node.original!r}; unmerge it before loading it")
+    for layer in tree.state.layers():
+        if adapter in layer.merged_names:
+            raise StateError(f"adapter {adapter!r} is merged into {layer.site_path!r}; unmerge it before loading it")
     where = f"{source}: " if source else ""
     try:
-        tensors = migrated(tree, index, tensors, adapter)
+        tensors = migrated(tree, index, renamed(tree, index, adapter, tensors), adapter)
         found = resolve(index, tensors, adapter, embedding_targets(tree))
     except CheckpointError as error:
         raise type(error)(f"{where}{error}") from None

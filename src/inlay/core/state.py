@@ -37,6 +37,8 @@ class Record:
         shared: slots of the tensors that all its layers share, by role; they hang below ``State.shared``.
         biases: names of the base biases that train with it.
         saved: values of config fields that are saved instead of those that ``config`` shows.
+        translation: what turns the adapter's tensors into those of a checkpoint and back, where that is not left to
+            slots; see ``checkpoint.translation``.
     """
 
     config: Any
@@ -46,6 +48,7 @@ class Record:
     shared: dict[str, Slot] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     saved: dict[str, Any] = field(default_factory=dict)
+    translation: Any = None
 
 
 @dataclass(eq=False)

@@ -18,16 +18,16 @@ from inlay.compat.constants import EMBEDDING_LAYER_NAMES
 from inlay.compat.layers.base import BaseTunerLayer
 from inlay.compat.tuners.hooks import InjectionHooks
 from inlay.compat.tuners.injection import Injection, undone_if_it_fails
-from inlay.compat.tuners.saving import SavingHooks
+from inlay.compat.tuners.saving import Renaming, SavingHooks
 from inlay.core.call import opened
 from inlay.core.policy import default_policy
 from inlay.core.state import State, check_adapter_name
-from inlay.errors import InlayWarning
+from inlay.errors import InlayWarning, UnsupportedError
 from inlay.models import operate
 from inlay.models.root import Configs, mark
 from inlay.models.tuner import AdapterModel
 
-__all__ = ["BaseTuner", "TunerClass"]
+__all__ = ["KEY_HOOKS", "BaseTuner", "TunerClass"]
 
 # Overriding any of these makes injection call all of them.
 _HOOKS = (
@@ -51,7 +51,7 @@ _HOOKS = (
     "inject_adapter",
 )
 # Overriding any of these makes saving and loading call them.
-_KEY_HOOKS = ("_get_adapter_state_dict", "_get_learnable_bias_state_dict", "_remap_adapter_state_dict_for_load")
+KEY_HOOKS = ("_get_adapter_state_dict", "_get_learnable_bias_state_dict", "_remap_adapter_state_dict_for_load")
 
 
 @lru_cache(maxsize=512)
@@ -83,7 +83,8 @@ class _Pending(Configs):
         dict.update(self, pending)
 
     def __setitem__(self, name: str, config: Any) -> None:
-        if name in self._records:
+        records = self.__dict__.get("_records")  # absent while a copy is being rebuilt
+        if records is None or name in records:
             super().__setitem__(name, config)
         else:
             self._waiting[name] = config
@@ -113,6 +114,8 @@ class BaseTuner(InjectionHooks, SavingHooks, AdapterModel, metaclass=TunerClass)
 
     uses_shared_state: ClassVar[bool] = False
 
+    _saying: ClassVar[tuple[str, ...]] = KEY_HOOKS
+
     _claims = staticmethod(lambda tuner: True)
 
     def __init__(
@@ -139,12 +142,17 @@ class BaseTuner(InjectionHooks, SavingHooks, AdapterModel, metaclass=TunerClass)
     @classmethod
     def injects(cls, config: Any) -> bool:
         """Whether the hooks are called, because one is overridden or the configuration brings layers of its own."""
-        return overrides(cls, _HOOKS) or bool(getattr(config, "_custom_modules", None))
+        return overrides(cls, (*_HOOKS, *cls._saying)) or bool(getattr(config, "_custom_modules", None))
 
     def _put_in(self, config: Any, name: str, **options: Any) -> State:
         if not self.injects(config):
             return super()._put_in(config, name, **options)
         check_adapter_name(name, self.state.records)
+        if self.uses_shared_state and self.__dict__.get("_guest"):
+            raise UnsupportedError(
+                f"{type(self).__name__} itself holds tensors of its adapters (uses_shared_state), so it must stand "
+                "around the model: use get_peft_model, without mixed=True"
+            )
         low_memory = bool(options.get("low_memory"))
         with undone_if_it_fails(self):
             self._waiting[name] = config
@@ -191,6 +199,22 @@ class BaseTuner(InjectionHooks, SavingHooks, AdapterModel, metaclass=TunerClass)
             Injection(self, model, adapter_name, low_cpu_mem_usage, state_dict).run()
             self._waiting.pop(adapter_name, None)
             mark(model, self.state)
+
+    @classmethod
+    def within(cls, model: nn.Module, state: State) -> AdapterModel:
+        made = super().within(model, state)
+        made.__dict__["_guest"] = True
+        return made
+
+    @classmethod
+    def _matches_itself(cls) -> bool:
+        """Whether a class has a rule of its own for which modules are meant."""
+        return overrides(cls, ("_check_target_module_exists",))
+
+    def _translation(self) -> Renaming | None:
+        """Return what lets this class's hooks say what a checkpoint holds, None where they are Inlay's."""
+        cls = type(self)
+        return Renaming(cls) if overrides(cls, cls._saying) else None
 
     @property
     def _waiting(self) -> dict[str, Any]:

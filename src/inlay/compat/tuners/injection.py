@@ -113,6 +113,7 @@ class Injection:
             self._create(config)
         finally:
             _running.pop()
+        record.translation = tuner._translation()
         self._enter_written()
         tuner.set_adapter(tuner.active_adapters, inference_mode=config.inference_mode)
         freeze(self.model, state, base_parameters(self.model), [])
@@ -220,7 +221,8 @@ class Injection:
         if getattr(config, "target_parameters", None) and not parameters:
             asked = config.target_parameters
             warnings.warn(f"target_parameters={asked!r} matches nothing in {model}", RuntimeWarning, stacklevel=6)
-        if self.state.policy.strict_targets and self.state_dict is None and not isinstance(targets, str):
+        judged = self.state_dict is None and not self.tuner._matches_itself()
+        if self.state.policy.strict_targets and judged and not isinstance(targets, str):
             for name in targets or ():
                 if not any(key == name or key.endswith(f".{name}") for key in self.matched):
                     raise TargetError(f"target_modules: {name!r} matches nothing in {model}")

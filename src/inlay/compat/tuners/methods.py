@@ -14,7 +14,7 @@ from inlay.compat.layers.base import BaseTunerLayer
 from inlay.compat.layers.constructed import ConstructedLayer, _overrides, attach
 from inlay.compat.layers.making import own_config
 from inlay.compat.layers.views import provide as layer_class
-from inlay.compat.tuners.base import BaseTuner, TunerClass
+from inlay.compat.tuners.base import KEY_HOOKS, BaseTuner, TunerClass
 from inlay.compat.tuners.functions import get_device_map
 from inlay.compat.tuners.injection import Injection, running
 from inlay.config.defaults import default_targets, families
@@ -26,7 +26,7 @@ from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
 from inlay.core.parameter import plan_parameters
 from inlay.core.patterns import matcher, pattern_value
-from inlay.core.plan import Plan
+from inlay.core.plan import Plan, place_method
 from inlay.core.policy import PEFT
 from inlay.core.registry import method_class
 from inlay.core.replicate import replication_of
@@ -43,6 +43,8 @@ class MethodTuner(BaseTuner):
     """Base of the tuners whose method the engine knows; its hooks make the engine's layers, one at a time."""
 
     peft_type: ClassVar[str]
+
+    _saying = (*KEY_HOOKS, "_remove_adapter_name_from_key")  # the engine's layers ask no tuner for their keys
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         method = method_class(peft_config.peft_type).variant(peft_config)(peft_config)
@@ -343,12 +345,11 @@ def _share(inside: Injection, method: Method) -> None:
     if type(method).shared_slots is Method.shared_slots or record.shared:
         return
     made = Plan(inside.model, inside.adapter, inside.config, method, inside.state.policy, inside.state, False)
-    sites = []
     for place in places(inside.model):
-        kind = kind_of(place.base)
-        if kind is not None and type(inside.tuner)._check_target_module_exists(inside.config, place.path):
-            sites.append(kind.site(place.path, place.base))
-    made.shared = method.shared_slots(sites)
+        meant = inside.tuner._check_target_module_exists(inside.config, place.path)
+        if meant and kind_of(place.base) is not None:
+            made.placements.append(place_method(made, place, "shared", method))
+    made.shared = method.shared_slots([placement.site for placement in made.placements])
     record.shared = dict(made.shared)
     for role, tensor in build_shared(made, inside.low_memory, record.seed).items():
         hang(inside.state.shared, inside.adapter, made.shared[role], tensor, nn.Module)

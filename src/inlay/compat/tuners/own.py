@@ -64,10 +64,18 @@ def register_peft_method(
     if theirs and theirs != own:
         raise ConfigError(f"prefix: {model_cls.__name__} has the prefix {theirs!r}, and {own!r} was given")
     members = {"config_class": config_cls, "prefix": own, "mixed": is_mixed_compatible, "__module__": __name__}
-    method: Any = type(f"{config_cls.__name__.removesuffix('Config')}Method", (Brought,), members)
+    method: Any = type(f"{Brought.__name__}_{key}", (Brought,), members)
     register_method(method, PeftType[key])
     register_tuner(PeftType[key], model_cls)
     brought[key] = method
+
+
+def __getattr__(name: str) -> Any:
+    """Find a method by the name of its class, which is how pickle looks for it."""
+    found = brought.get(name.removeprefix(f"{Brought.__name__}_"))
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found
 
 
 def _is_known(name: str) -> bool:

@@ -13,8 +13,41 @@ from inlay.compat.tuners.functions import (
     _remove_adapter_name_from_state_dict_key,
 )
 from inlay.errors import UnsupportedError
+from inlay.models.root import state_of
 
-__all__ = ["SavingHooks"]
+__all__ = ["Renaming", "SavingHooks"]
+
+
+class Renaming:
+    """Lets the hooks of a tuner's class say what a checkpoint holds (``checkpoint.translation``).
+
+    Args:
+        tuner: the class.
+    """
+
+    def __init__(self, tuner: Any) -> None:
+        self.tuner = tuner
+
+    def collect(self, model: nn.Module, adapter: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Ask ``_get_adapter_state_dict`` and ``_remove_adapter_name_from_key``."""
+        records = state_of(model).records
+        others = [name for name in records if name != adapter]
+        own = {key: value for key, value in values.items() if set(key.split(".")).isdisjoint(others)}
+        picked = self.tuner._get_adapter_state_dict(
+            model=model,
+            config=records[adapter].config,
+            adapter_name=adapter,
+            state_dict=own,
+            unwanted_adapter_names=others,
+        )
+        return {self.tuner._remove_adapter_name_from_key(key, adapter): value for key, value in picked.items()}
+
+    def rename(self, model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Ask ``_remap_adapter_state_dict_for_load``."""
+        renamed: dict[str, Tensor] = self.tuner._remap_adapter_state_dict_for_load(
+            model=model, config=state_of(model).records[adapter].config, adapter_name=adapter, state_dict=tensors
+        )
+        return renamed
 
 
 class SavingHooks:
