@@ -57,7 +57,12 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     "utils.integrations": ("inlay.compat.integrations",),
     "utils.loftq_utils": (),
     "utils.merge_utils": ("inlay.combine.tensors",),
-    "utils.other": ("inlay.compat.layers.auxiliary", "inlay.compat.other", "inlay.models.preparing"),
+    "utils.other": (
+        "inlay.compat.layers.auxiliary",
+        "inlay.compat.other",
+        "inlay.compat.tuners.extras",
+        "inlay.models.preparing",
+    ),
     "utils.peft_types": ("inlay.config.types", "inlay.compat.tuners.own"),
     "utils.quantization_utils": ("inlay.compat.quantization",),
     "utils.save_and_load": ("inlay.checkpoint", "inlay.models.base_weights", "inlay.compat.save_and_load"),

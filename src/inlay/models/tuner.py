@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inlay.core.active import set_trainable
 from inlay.core.layer import AdaptedLayer
+from inlay.core.mount import ModuleCopies
 from inlay.core.policy import Policy, default_policy
 from inlay.core.registry import method_class, registered_tuner
 from inlay.core.shared import register_shared
@@ -211,15 +212,14 @@ class AdapterModel(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """Paths of the adapted layers in the bare model."""
-        return [layer.site.name for layer in self._layers() if layer.site.parameter is None]
+        followers = (layer for layer in self.state.layers() if not isinstance(layer, ModuleCopies))
+        return [one.site_path for one in followers if not isinstance(one, AdaptedLayer) or one.site.parameter is None]
 
     @property
     def targeted_parameter_names(self) -> list[str]:
         """Paths of the parameters that are adapted without their module."""
-        return [f"{site.name}.{site.parameter}" for layer in self._layers() if (site := layer.site).parameter]
-
-    def _layers(self) -> list[AdaptedLayer]:
-        return [layer for layer in self.state.layers() if isinstance(layer, AdaptedLayer)]
+        layers = (layer for layer in self.state.layers() if isinstance(layer, AdaptedLayer))
+        return [layer.site.name for layer in layers if layer.site.parameter is not None]
 
     # -- weights --------------------------------------------------------------------------------------------------
 

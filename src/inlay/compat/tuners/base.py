@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from abc import ABCMeta
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from inlay.compat.constants import EMBEDDING_LAYER_NAMES
 from inlay.compat.layers.base import BaseTunerLayer
 from inlay.compat.tuners.hooks import InjectionHooks
-from inlay.compat.tuners.injection import Injection, undone_if_it_fails
+from inlay.compat.tuners.injection import Injection
+from inlay.compat.tuners.overriding import INJECTION_HOOKS, KEY_HOOKS, PendingConfigs, overrides
+from inlay.compat.tuners.rollback import undone_if_it_fails
 from inlay.compat.tuners.saving import Renaming, SavingHooks
 from inlay.core.call import opened
 from inlay.core.policy import default_policy
@@ -27,41 +28,7 @@ from inlay.models import operate
 from inlay.models.root import Configs, mark
 from inlay.models.tuner import AdapterModel
 
-__all__ = ["KEY_HOOKS", "BaseTuner", "TunerClass"]
-
-# Overriding any of these makes injection call all of them.
-_HOOKS = (
-    "__init__",
-    "_check_new_adapter_config",
-    "_check_target_module_compatiblity",
-    "_check_target_module_exists",
-    "_check_tied_module_exists",
-    "_check_tied_modules",
-    "_create_and_replace",
-    "_create_and_replace_parameter",
-    "_create_new_module",
-    "_inject_parameters",
-    "_mark_only_adapters_as_trainable",
-    "_post_injection_hook",
-    "_pre_injection_hook",
-    "_prepare_adapter_config",
-    "_prepare_model",
-    "_replace_module",
-    "get_model_config",
-    "inject_adapter",
-)
-# Overriding any of these makes saving and loading call them.
-KEY_HOOKS = ("_get_adapter_state_dict", "_get_learnable_bias_state_dict", "_remap_adapter_state_dict_for_load")
-
-
-@lru_cache(maxsize=512)
-def overrides(cls: type[Any], names: tuple[str, ...]) -> bool:
-    """Whether a user's class has a member of its own in the place of one of Inlay's."""
-    for name in names:
-        found = next((one for one in cls.__mro__ if name in one.__dict__), None)
-        if found is not None and not found.__module__.startswith("inlay."):
-            return True
-    return False
+__all__ = ["BaseTuner", "TunerClass"]
 
 
 class TunerClass(ABCMeta):
@@ -72,27 +39,6 @@ class TunerClass(ABCMeta):
             return True
         claims = cls.__dict__.get("_claims")
         return claims is not None and isinstance(instance, AdapterModel) and bool(claims.__get__(None, cls)(instance))
-
-
-class _Pending(Configs):
-    """Configurations by adapter name, those too whose adapter is not in the model yet."""
-
-    def __init__(self, state: State, pending: dict[str, Any]) -> None:
-        super().__init__(state.records)
-        self._waiting = pending
-        dict.update(self, pending)
-
-    def __setitem__(self, name: str, config: Any) -> None:
-        records = self.__dict__.get("_records")  # absent while a copy is being rebuilt
-        if records is None or name in records:
-            super().__setitem__(name, config)
-        else:
-            self._waiting[name] = config
-            dict.__setitem__(self, name, config)
-
-    def refresh(self) -> None:
-        super().refresh()
-        dict.update(self, self._waiting)
 
 
 class BaseTuner(InjectionHooks, SavingHooks, AdapterModel, metaclass=TunerClass):
@@ -142,7 +88,7 @@ class BaseTuner(InjectionHooks, SavingHooks, AdapterModel, metaclass=TunerClass)
     @classmethod
     def injects(cls, config: Any) -> bool:
         """Whether the hooks are called, because one is overridden or the configuration brings layers of its own."""
-        return overrides(cls, (*_HOOKS, *cls._saying)) or bool(getattr(config, "_custom_modules", None))
+        return overrides(cls, (*INJECTION_HOOKS, *cls._saying)) or bool(getattr(config, "_custom_modules", None))
 
     def _put_in(self, config: Any, name: str, **options: Any) -> State:
         if not self.injects(config):
@@ -230,8 +176,8 @@ class BaseTuner(InjectionHooks, SavingHooks, AdapterModel, metaclass=TunerClass)
         if "_constructed" not in self.__dict__ and self.state.policy.strict_targets and not self._waiting:
             return super().peft_config
         held = self.model.__dict__.get("peft_config") or self.__dict__.get("_configs")
-        if not isinstance(held, _Pending) or held._records is not self.state.records:
-            held = _Pending(self.state, self._waiting)
+        if not isinstance(held, PendingConfigs) or held._records is not self.state.records:
+            held = PendingConfigs(self.state, self._waiting)
             self.__dict__["_configs"] = held
             if isinstance(self.model.__dict__.get("peft_config"), Configs):
                 self.model.__dict__["peft_config"] = held

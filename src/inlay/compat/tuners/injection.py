@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,21 +15,20 @@ from inlay.compat.constants import DUMMY_TARGET_MODULES, MIN_TARGET_MODULES_FOR_
 from inlay.compat.integrations import init_empty_weights
 from inlay.compat.layers.base import BaseTunerLayer
 from inlay.compat.layers.constructed import adopt
+from inlay.compat.tuners.extras import add_extras
 from inlay.compat.tuners.matching import (
     _ExcludedModule,
     _find_minimal_target_modules,
     _maybe_include_all_linear_layers,
 )
-from inlay.compat.tuners.written import WrittenLayer, WrittenTuner
+from inlay.compat.tuners.walking import holders_of, stands_below, tuner_layers
+from inlay.compat.tuners.written import WrittenLayer
+from inlay.compat.tuners.written_tuner import WrittenTuner
 from inlay.core.active import adapter_parameters
-from inlay.core.build import build
-from inlay.core.extend import plan_extras
 from inlay.core.follow import follower_of
-from inlay.core.inject import freeze, occupy
+from inlay.core.inject import freeze
 from inlay.core.layer import AdaptedLayer
-from inlay.core.mount import ModuleCopies
 from inlay.core.patterns import pattern_key
-from inlay.core.plan import Plan
 from inlay.core.registry import method_class
 from inlay.core.shared import register_shared, shared_names
 from inlay.core.state import Record, State
@@ -118,7 +117,7 @@ class Injection:
         tuner.set_adapter(tuner.active_adapters, inference_mode=config.inference_mode)
         freeze(self.model, state, base_parameters(self.model), [])
         tuner._mark_only_adapters_as_trainable(self.model)
-        self._add_extras(config)
+        add_extras(self.model, config, self.adapter, state, self.method, self.low_memory)
         if not first:
             for parameter, flag in before:
                 parameter.requires_grad_(flag)
@@ -160,7 +159,7 @@ class Injection:
             return
         asked = None if self.state_dict is None else set(targets_in(self.model, self.state_dict))
         excluded, tied, by_config = [], [], []
-        holders = _holders(self.model)
+        holders = holders_of(self.model)
         for key in self._paths():
             self.key = key
             meant = tuner._check_target_module_exists(config, key) if asked is None else key in asked
@@ -194,7 +193,7 @@ class Injection:
             self.tuner._create_and_replace(config, self.adapter, target, name, parent, current_key=key)
         new = parent._modules.get(name)
         for other, attribute in holders.get(id(target), ()):  # a module that stands at several places
-            if new is not target and other._modules.get(attribute) is target and not _below(other, new):
+            if new is not target and other._modules.get(attribute) is target and not stands_below(other, new):
                 setattr(other, attribute, new)
 
     def empty(self) -> AbstractContextManager[Any]:
@@ -209,8 +208,8 @@ class Injection:
             names = [targets] if isinstance(targets, str) else sorted(targets or [])
             known = [key for key, _ in self.model.named_modules() if key]
             short = {key.rpartition(".")[2] for key in known}
-            why = f" that {len(excluded)} exclusions leave" if excluded else ""
-            near = did_you_mean(names[0], short) if names else ""
+            why = " that exclude_modules and modules_to_save leave" if excluded else ""
+            near = did_you_mean(names[0], short) if names and not excluded else ""
             raise NoTargetError(f"target_modules={targets!r} matches nothing in {model}{why}.{near}")
         if getattr(config, "exclude_modules", None) and not excluded:
             warnings.warn(
@@ -237,7 +236,7 @@ class Injection:
     def _enter_written(self) -> None:
         """Make layers that hooks created a part of the model's state."""
         rename = type(self.tuner)._remove_adapter_name_from_key
-        for path, module in _tuner_layers(self.model):
+        for path, module in tuner_layers(self.model):
             if isinstance(module, AdaptedLayer):
                 adopt(module, self.state, path)
             elif follower_of(module) is None and hasattr(module, "follow_state"):
@@ -246,37 +245,6 @@ class Injection:
         held = {**tuner._modules, **tuner._parameters, **tuner._buffers}.keys() - {"model", *shared_names(tuner)}
         if held and "_part" not in tuner.__dict__:
             tuner.__dict__["_part"] = WrittenTuner(tuner, self.state, rename)
-
-    def _add_extras(self, config: Any) -> None:
-        """Add full copies of modules and token rows."""
-        add_extras(self.model, config, self.adapter, self.state, self.method, self.low_memory)
-
-
-def add_extras(model: nn.Module, config: Any, adapter: str, state: State, method: Any, low_memory: bool) -> None:
-    """Give an adapter that is in a model its full copies of modules and its token rows; those of active ones train."""
-    made = Plan(model, adapter, config, method, state.policy, state, True)
-    plan_extras(made)
-    if not made.placements and not made.copies:
-        return
-    seed = torch.initial_seed()
-    built = [(placement, build(made, placement, low_memory, True, seed)) for placement in made.placements]
-    occupy(made, state, built, [])
-    for name, value in made.resolved.items():
-        setattr(config, name, value)
-
-
-def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return who holds each module that more than one holds."""
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                found.setdefault(id(child), []).append((parent, name))
-    return {key: held for key, held in found.items() if len(held) > 1}
-
-
-def _below(module: nn.Module, top: nn.Module | None) -> bool:
-    return top is not None and any(one is module for one in top.modules())
 
 
 def _compare(by_keys: Iterable[str], by_config: Iterable[str]) -> None:
@@ -293,48 +261,3 @@ def _compare(by_keys: Iterable[str], by_config: Iterable[str]) -> None:
             RuntimeWarning,
             stacklevel=6,
         )
-
-
-def _tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return the tuner layers of a model with the paths that they have without adapters, outermost first."""
-    found: list[tuple[str, Any]] = []
-    seen: set[int] = set()
-
-    def visit(path: str, module: nn.Module) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        if isinstance(module, ModuleCopies):
-            return
-        if isinstance(module, BaseTunerLayer):
-            found.append((path, module))
-            below = module._modules.get("base_layer")
-            if below is not None:
-                visit(path, below)
-            return
-        passed = shared_names(module)
-        for name, child in module._modules.items():
-            if child is not None and name not in passed:
-                visit(f"{path}.{name}" if path else name, child)
-
-    visit("", model)
-    return found
-
-
-@contextmanager
-def undone_if_it_fails(tuner: Any) -> Iterator[None]:
-    """Put a tuner's model back if the block raises."""
-    from inlay.compat.tuners.rollback import Snapshot
-
-    if tuner.__dict__.get("_guarded"):
-        yield
-        return
-    snapshot = Snapshot(tuner, tuner.state)
-    tuner.__dict__["_guarded"] = True
-    try:
-        yield
-    except BaseException:
-        snapshot.restore()
-        raise
-    finally:
-        tuner.__dict__.pop("_guarded", None)

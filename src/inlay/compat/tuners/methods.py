@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 from torch import nn
 
 from inlay.compat.layers.base import BaseTunerLayer
-from inlay.compat.layers.constructed import ConstructedLayer, _overrides, attach
-from inlay.compat.layers.making import own_config
 from inlay.compat.layers.views import provide as layer_class
-from inlay.compat.tuners.base import KEY_HOOKS, BaseTuner, TunerClass
+from inlay.compat.tuners.base import BaseTuner, TunerClass
 from inlay.compat.tuners.functions import get_device_map
-from inlay.compat.tuners.injection import Injection, running
+from inlay.compat.tuners.injection import running
+from inlay.compat.tuners.making import adapt_parameter, add_to, layer_over, layer_sharing, numbers_for
+from inlay.compat.tuners.overriding import KEY_HOOKS
 from inlay.config.defaults import default_targets, families
-from inlay.core.build import build, build_shared
-from inlay.core.hanging import hang
-from inlay.core.inject import occupy
-from inlay.core.kind import kind_of
 from inlay.core.layer import AdaptedLayer
-from inlay.core.method import Method
-from inlay.core.parameter import plan_parameters
-from inlay.core.patterns import matcher, pattern_value
-from inlay.core.plan import Plan, place_method
-from inlay.core.policy import PEFT
+from inlay.core.patterns import matcher
 from inlay.core.registry import method_class
 from inlay.core.replicate import replication_of
-from inlay.core.state import State
-from inlay.core.targets import places
-from inlay.errors import TargetError, UnknownMethodError
-from inlay.kinds.attention import AttentionLayer, Output, OutputLayer
+from inlay.errors import UnknownMethodError
 from inlay.models.tuner import AdapterModel
 
 __all__ = ["LycorisTuner", "MethodTuner", "tuner_of"]
@@ -64,14 +52,14 @@ class MethodTuner(BaseTuner):
         **optional_kwargs: Any,
     ) -> None:
         if parameter_name is not None:
-            _adapt_parameter(self, adapter_name, peft_config, current_key)
+            adapt_parameter(self, adapter_name, peft_config, current_key)
             return
         while isinstance(target, BaseTunerLayer) and not isinstance(target, (AdaptedLayer, self.tuner_layer_cls)):
             above: Any = target  # another method's layer, written by a user
             parent, target_name, target = above, "base_layer", above.base_layer
         given = self._arguments(peft_config, target, current_key)
         if isinstance(target, AdaptedLayer):
-            _add(target, peft_config, adapter_name, given)
+            add_to(target, peft_config, adapter_name, given)
         elif isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, **self._updates(given), config=peft_config)
         else:
@@ -88,7 +76,7 @@ class MethodTuner(BaseTuner):
         return {
             "loaded_in_8bit": getattr(self.model, "is_loaded_in_8bit", False),
             "loaded_in_4bit": getattr(self.model, "is_loaded_in_4bit", False),
-            **_numbers(config, key),
+            **numbers_for(config, key),
         }
 
     def _updates(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +90,7 @@ class MethodTuner(BaseTuner):
         Raises:
             TargetError: no adapter can work on a module of that class.
         """
-        return _layer_over(config, adapter_name, target, kwargs)
+        return layer_over(config, adapter_name, target, kwargs)
 
 
 class _LoraHooks(MethodTuner):
@@ -127,7 +115,7 @@ class _LoraHooks(MethodTuner):
         peft_config.__dict__["target_modules_to_tie"] = set(tied_weight_keys)
 
     def _arguments(self, config: Any, target: nn.Module, key: str) -> dict[str, Any]:
-        numbers = _numbers(config, key)
+        numbers = numbers_for(config, key)
         given = {
             "device_map": get_device_map(self.model),
             "r": numbers["r"],
@@ -141,7 +129,7 @@ class _LoraHooks(MethodTuner):
         }
         inside = running()
         if inside is not None and inside.tying:
-            given["tied_adapter"] = _sharing(self.state, target)
+            given["tied_adapter"] = layer_sharing(self.state, target)
         return given
 
     def _updates(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +146,7 @@ class _LoraHooks(MethodTuner):
             if isinstance(target, cls):
                 made: nn.Module = layer(target, adapter_name, config=config, **kwargs)
                 return made
-        return _layer_over(config, adapter_name, target, kwargs)
+        return layer_over(config, adapter_name, target, kwargs)
 
 
 class _IA3Hooks(MethodTuner):
@@ -190,7 +178,7 @@ class _VeraHooks(MethodTuner):
         vera_config: Any, vera_A: Any, vera_B: Any, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
         """Return the adapted layer that is to stand where ``target`` stands."""
-        return _layer_over(vera_config, adapter_name, target, kwargs)
+        return layer_over(vera_config, adapter_name, target, kwargs)
 
 
 class _NormHooks(MethodTuner):
@@ -200,7 +188,7 @@ class _NormHooks(MethodTuner):
 
     def _create_new_module(self, peft_config: Any, target: nn.Module, adapter_name: str) -> nn.Module:  # type: ignore[override]
         """Return the adapted layer that is to stand where ``target`` stands."""
-        return _layer_over(peft_config, adapter_name, target, {})
+        return layer_over(peft_config, adapter_name, target, {})
 
 
 class _TokensHooks(MethodTuner):
@@ -213,7 +201,7 @@ class _TokensHooks(MethodTuner):
         peft_config: Any, adapter_name: str, target: nn.Module, tied_adapter: Any = None
     ) -> nn.Module:
         """Return the adapted layer that is to stand where ``target`` stands."""
-        return _layer_over(peft_config, adapter_name, target, {"tied_adapter": tied_adapter})
+        return layer_over(peft_config, adapter_name, target, {"tied_adapter": tied_adapter})
 
 
 class LycorisTuner(MethodTuner):
@@ -269,120 +257,3 @@ def _claims(peft_type: str, tuner: Any) -> bool:
     if type(tuner) is not AdapterModel or first is None:
         return False
     return str(getattr(first.config.peft_type, "value", first.config.peft_type)) == peft_type
-
-
-# -- layers -----------------------------------------------------------------------------------------------------------
-
-
-def _numbers(config: Any, key: str) -> dict[str, Any]:
-    """Return the numbers that a configuration gives for a path, patterns applied."""
-    return {
-        field: pattern_value(getattr(config, pattern, None), key, getattr(config, field), False)
-        for field, pattern in _PATTERNS.items()
-        if hasattr(config, field)
-    }
-
-
-_PATTERNS = {
-    "r": "rank_pattern",
-    "lora_alpha": "alpha_pattern",
-    "alpha": "alpha_pattern",
-    "n_frequency": "n_frequency_pattern",
-}
-
-
-def _method(config: Any, given: dict[str, Any], inside: Injection | None, key: str) -> Method:
-    """Return the method for one layer: the adapter's own, unless numbers were given that it does not have."""
-    if inside is not None and inside.config is config:
-        usual = _numbers(config, key)
-        if all(given.get(name, value) == value for name, value in usual.items()):
-            return inside.method
-    cls = method_class(config.peft_type)
-    return cls.variant(config)(own_config(config, given))
-
-
-def _layer_over(config: Any, adapter: str, target: Any, given: dict[str, Any]) -> nn.Module:
-    inside = running()
-    key = str(given.get("target_name") or ("" if inside is None else inside.key))
-    kind = kind_of(target)
-    if kind is None:
-        raise TargetError(
-            f"{key!r} is a {type(target).__name__}, and no adapter of "
-            f"{getattr(config.peft_type, 'value', config.peft_type)} can work on that"
-        )
-    state = State(policy=PEFT) if inside is None else inside.state
-    layer = kind.adapt(target, kind.site(key, target), state)
-    if isinstance(layer, AttentionLayer) and layer.output is None:
-        out = target.out_proj
-        site = replace(Output().site(f"{key}.out_proj", out), patterns=key)
-        target._modules["out_proj"] = OutputLayer(out, Output(), site, state)
-    _add(layer, config, adapter, given)
-    return layer
-
-
-def _add(layer: AdaptedLayer, config: Any, adapter: str, given: dict[str, Any]) -> None:
-    """Give one of the engine's layers the adapter."""
-    inside = running()
-    if isinstance(layer, ConstructedLayer) and _overrides(layer, "update_layer"):
-        named = {name: given[name] for name in layer._recorded.update_signature.parameters if name in given}
-        layer.update_layer(adapter, **{**named, "config": config})
-        return
-    method = _method(config, given, inside, layer.site.owner)
-    if inside is not None:
-        _share(inside, method)
-    targets = [layer]
-    if isinstance(layer, AttentionLayer) and layer.output is not None:
-        targets.append(layer.output)
-    for one in targets:
-        attach(one, adapter, method, tied=given.get("tied_adapter") or None)
-        if inside is not None and inside.low_memory:
-            _empty(one, adapter)
-
-
-def _share(inside: Injection, method: Method) -> None:
-    """Make the tensors that all layers of an adapter share, for every layer that the configuration means."""
-    record = inside.state.records[inside.adapter]
-    if type(method).shared_slots is Method.shared_slots or record.shared:
-        return
-    made = Plan(inside.model, inside.adapter, inside.config, method, inside.state.policy, inside.state, False)
-    for place in places(inside.model):
-        meant = inside.tuner._check_target_module_exists(inside.config, place.path)
-        if meant and kind_of(place.base) is not None:
-            made.placements.append(place_method(made, place, "shared", method))
-    made.shared = method.shared_slots([placement.site for placement in made.placements])
-    record.shared = dict(made.shared)
-    for role, tensor in build_shared(made, inside.low_memory, record.seed).items():
-        hang(inside.state.shared, inside.adapter, made.shared[role], tensor, nn.Module)
-
-
-def _sharing(state: State, target: nn.Module) -> Any:
-    """Return the adapted layer whose weight a module has."""
-    held: Any = getattr(target, "weight", None)
-    layers = (layer for layer in state.layers() if isinstance(layer, AdaptedLayer))
-    return next((layer for layer in layers if getattr(layer.get_base_layer(), "weight", None) is held), {})
-
-
-def _empty(layer: AdaptedLayer, adapter: str) -> None:
-    """Put an adapter's tensors at one layer on the meta device, for a load to fill."""
-    for entry in layer._each([adapter]):
-        for _, containers, leaf in entry.places if entry.home is None else ():
-            holder: Any = layer
-            for part in containers:
-                holder = holder._modules[part]
-            owner, name = (holder._modules[adapter], leaf) if leaf else (holder, adapter)
-            held = owner._parameters.get(name)
-            if held is not None:
-                owner._parameters[name] = nn.Parameter(held.to("meta"), requires_grad=held.requires_grad)
-
-
-def _adapt_parameter(tuner: Any, adapter: str, config: Any, key: str) -> None:
-    """Give one parameter of a module the adapter."""
-    state = tuner.state
-    record = state.records[adapter]
-    made = Plan(tuner.model, adapter, config, record.method, state.policy, state, False)
-    plan_parameters(made, places(tuner.model))
-    made.placements = [one for one in made.placements if f"{one.place.path}.{one.site.parameter}" == key]
-    inside = running()
-    low_memory = inside is not None and inside.low_memory
-    built = [(one, build(made, one, low_memory, True, record.seed)) for one in made.placements]
-    occupy(made, state, built, [])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from inlay.core.state import State
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "undone_if_it_fails"]
 
 _COPIED = (dict, list, set, OrderedDict)
 
@@ -27,6 +29,7 @@ class Snapshot:
         self._modules = [(module, _contents(module)) for module in modules.values()]
         self._grad = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
         self._state = state
+        self.replication = state.replication
         self._fields = {name: _copy(value) for name, value in vars(state).items()}
 
     def restore(self) -> None:
@@ -58,3 +61,23 @@ def _copy(value: Any) -> Any:
 def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Return attributes with, for containers, what is in them."""
     return {name: (value, _copy(value) if type(value) in _COPIED else None) for name, value in module.__dict__.items()}
+
+
+@contextmanager
+def undone_if_it_fails(tuner: Any) -> Iterator[None]:
+    """Put a tuner's model back if the block raises."""
+    if tuner.__dict__.get("_guarded"):
+        yield
+        return
+    snapshot = Snapshot(tuner, tuner.state)
+    tuner.__dict__["_guarded"] = True
+    try:
+        yield
+    except BaseException:
+        replication = tuner.state.replication
+        if replication is not None and snapshot.replication is None:
+            replication.restore(tuner.model)  # it also changed what the model's config says
+        snapshot.restore()
+        raise
+    finally:
+        tuner.__dict__.pop("_guarded", None)

@@ -14,16 +14,15 @@ from inlay.checkpoint.tree import persistent_tensors
 from inlay.core.call import call_in_force
 from inlay.core.entry import AdapterTensors
 from inlay.core.follow import Follower
-from inlay.core.shared import shared_names
 from inlay.core.state import State
 from inlay.errors import MergeError, RoutingError
 
-__all__ = ["WrittenLayer", "WrittenTuner"]
+__all__ = ["DICTS", "Written", "WrittenLayer"]
 
-_DICTS = (nn.ModuleDict, nn.ParameterDict, AdapterTensors)
+DICTS = (nn.ModuleDict, nn.ParameterDict, AdapterTensors)
 
 
-class _Written(Follower):
+class Written(Follower):
     """What both have in common: tensors by adapter name in containers below a module of a user's class.
 
     Args:
@@ -53,7 +52,7 @@ class _Written(Follower):
         for name, child in held._modules.items():
             if child is None or name in passed:
                 continue
-            if not isinstance(child, _DICTS):
+            if not isinstance(child, DICTS):
                 yield from ((f"{name}.{below}", owner, at) for below, owner, at in persistent_tensors(child))
             elif adapter in child:
                 value: Any = child._modules.get(adapter)
@@ -80,7 +79,7 @@ class _Written(Follower):
         """What may be active together is the user's business."""
 
 
-class WrittenLayer(_Written):
+class WrittenLayer(Written):
     """Follows a state for a layer that a user wrote, by calling what ``BaseTunerLayer`` lets that layer override.
 
     Args:
@@ -258,45 +257,3 @@ def _by_sample(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         )
     x = args[0] if args else next(iter(kwargs.values()))
     return args, {**kwargs, "adapter_names": list(call.names_for(x))}
-
-
-class WrittenTuner(_Written):
-    """Follows a state for tensors that a user's tuner itself holds by adapter name, such as a bank for all layers."""
-
-    base_attribute = "model"
-
-    def _passed(self) -> set[str]:
-        return {self.base_attribute, *shared_names(self.standing)}
-
-    @property
-    def site_path(self) -> str:
-        return ""
-
-    def move_below(self, before: str) -> None:
-        """It stands above the model."""
-
-    def _dicts(self) -> list[Any]:
-        passed = self._passed()
-        children = self.standing._modules.items()
-        return [child for name, child in children if name not in passed and isinstance(child, _DICTS)]
-
-    def adapters_here(self) -> list[str]:
-        return list(dict.fromkeys(name for held in self._dicts() for name in held))
-
-    def parameters_of(self, adapter: str) -> Iterator[tuple[nn.Parameter, bool]]:
-        for _, owner, at in self.saved_tensors(adapter):
-            tensor = owner._parameters.get(at)
-            if tensor is not None:
-                yield tensor, True
-
-    def drop_adapter(self, adapter: str) -> None:
-        for held in self._dicts():
-            if adapter in held:
-                del held[adapter]
-
-    def override(self, active: tuple[str, ...] | None = None, enabled: bool | None = None) -> None:
-        """Its layers are switched, not its tensors."""
-
-    def taken_out(self, restore: bool) -> nn.Module:
-        model: nn.Module = self.standing.model
-        return model
