@@ -141,6 +141,16 @@ def test_a_merge_that_fails_in_a_custom_layer_leaves_every_layer_as_it_was():
     assert not model.base_model.model.out.merged
 
 
+def test_combining_adapters_on_a_custom_layer_is_refused_not_skipped():
+    world = run(SOURCE, OURS)
+    model = world.get_peft_model(world.Speech(), world.make())
+    model.add_adapter("b", world.make())
+    names = sorted(model.state_dict())
+    with pytest.raises(ValueError, match="rnn"):
+        model.base_model.add_weighted_adapter(["default", "b"], [0.5, 0.5], "c", "linear")
+    assert sorted(model.state_dict()) == names
+
+
 def test_unmerging_calls_the_layer_and_is_bitwise():
     world = run(SOURCE, OURS)
 
