@@ -119,9 +119,12 @@ class AdapterModel(nn.Module):
         """Put an adapter in; see :func:`inlay.models.operate.add`."""
         operate.refuse_prompts(config)
         own = tuner_class(config.peft_type)
-        mine = not own.injects(config) or issubclass(type(self), own)
-        tuner = self if mine else own.within(self.model, self.state)
-        self.__dict__["_state"] = tuner._put_in(
+        first = next(iter(self.state.records.values()), None)
+        mine = self.injects(config) and (first is None or first.config.peft_type == config.peft_type)
+        put_in = self._put_in
+        if not mine and not issubclass(type(self), own):  # another method's
+            put_in = own.within(self.model, self.state)._put_in if own.injects(config) else self._by_engine
+        self.__dict__["_state"] = put_in(
             config,
             name,
             autocast=autocast,
@@ -139,6 +142,9 @@ class AdapterModel(nn.Module):
 
     def _put_in(self, config: Any, name: str, **options: Any) -> State:
         """Put an adapter in and return the state that it is in; a subclass may do so in its own way."""
+        return self._by_engine(config, name, **options)
+
+    def _by_engine(self, config: Any, name: str, **options: Any) -> State:
         return operate.add(self.model, config, name, state=self.state, **options)
 
     def delete_adapter(self, adapter_name: str) -> None:

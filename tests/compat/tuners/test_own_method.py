@@ -11,6 +11,7 @@ import torch
 from gain import REGISTER, SOURCE
 from worlds import BOTH, OURS, THEIRS, Net, add_method, fill, inputs, run, train
 
+import inlay
 from inlay.errors import InlayError
 
 
@@ -329,6 +330,33 @@ def test_an_injection_that_fails_leaves_nothing_behind(worlds):
     assert sorted(flags(model)) == names
     assert list(model.peft_config) == ["default"]
     torch.testing.assert_close(model(inputs()), seen)
+
+
+def test_adapters_of_another_method_beside_it(worlds, tmp_path):
+    """Outside of PEFT's policy a plain model takes any methods."""
+    world = worlds[OURS]
+    model = inlay.get_peft_model(Net(), world.GainConfig(target_modules=["first"]))
+    model.add_adapter("low", world.peft.LoraConfig(target_modules=["first"], r=2))
+    fill(model)
+    model.set_adapter("low")
+    expected = model(inputs())
+    model.save_pretrained(tmp_path)
+    again = world.peft.PeftModel.from_pretrained(Net(), tmp_path, adapters="all")
+    torch.testing.assert_close(again(inputs()), expected)
+    model.delete_adapter("default")
+    torch.testing.assert_close(model(inputs()), expected)
+    assert type(model.base_model.model.first).__name__ == "AdaptedLayer"
+
+
+def test_a_plan_says_that_the_tuner_makes_the_layers(worlds):
+    with pytest.raises(InlayError, match="its tuner makes its layers"):
+        inlay.plan(Net(), worlds[OURS].GainConfig(target_modules=["first"]))
+
+
+def test_it_compiles_whole(worlds):
+    model = wrapped(worlds[OURS])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(inputs()), model(inputs()))
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,9 @@ class Brought(Method):
     def slots(self, site: Site) -> dict[str, Slot]:
         return {}
 
+    def refuse(self, site: Site) -> str | None:
+        return "its tuner makes its layers by itself; use get_peft_model or inject_adapter_in_model"
+
 
 def register_peft_method(
     *, name: str, config_cls: Any, model_cls: Any, prefix: str | None = None, is_mixed_compatible: bool = False
