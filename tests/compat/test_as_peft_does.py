@@ -214,3 +214,15 @@ def test_merging_a_bias_that_the_layer_lacks_is_a_runtime_error(library: Any) ->
     with pytest.raises(RuntimeError, match="bias"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(model.base_model.model.lin1.base_layer.weight, before)
+
+
+@pytest.mark.parametrize("library", [*LIBRARIES, pytest.param(inlay, id="own policy")])
+@pytest.mark.parametrize("beside", [{"trainable_token_indices": [0, 1]}, {"target_parameters": ["o_proj.weight"]}])
+def test_default_targets_stand_beside_tokens_and_parameters(library: Any, beside: dict[str, Any]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 20}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+    adapted = library.get_peft_model(model, library.LoraConfig(r=2, **beside))
+    assert adapted.peft_config["default"].target_modules == {"q_proj", "v_proj"}
+    assert any("q_proj.lora_A" in name for name, _ in adapted.named_parameters())

@@ -166,15 +166,19 @@ class Method:
         Raises:
             TargetError: the model gives none.
         """
+        from inlay.core.banks import layout_of
+
         config = self.config
-        if config.target_modules is not None or any(
-            getattr(config, other, None) for other in ("target_parameters", "trainable_token_indices")
-        ):
+        if config.target_modules is not None:
             return {}
-        targets = (
-            default_targets(getattr(config.peft_type, "value", config.peft_type), model_type) if model_type else None
-        )
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        targets = default_targets(kind, model_type) if model_type else None
+        parameters = getattr(config, "target_parameters", None)
+        if targets is not None and parameters and layout_of(model).banks:
+            return {}  # as in PEFT, where a model's experts are stacked, naming parameters replaces the defaults
         if targets is None:
+            if parameters or getattr(config, "trainable_token_indices", None):
+                return {}  # these say enough
             family = f"the model family {model_type!r} has no default" if model_type else "the model names no family"
             raise TargetError(
                 f"target_modules is not set and {family} (config.model_type); set target_modules, for instance to "
