@@ -12,4 +12,3 @@ def known_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     for config in (HadamardConfig, TokensConfig):
         fake = type("Method", (), {"config_class": config})
         monkeypatch.setitem(registry._methods, config.peft_type.value, fake)
-        monkeypatch.setitem(registry._configs, config.peft_type.value, config)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inlay.checkpoint.shards import shards_of
 from inlay.config import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftConfig, resolve_file
 from inlay.errors import CheckpointError, CheckpointMissingError
 
@@ -51,7 +52,7 @@ def load_peft_weights(
     key_mapping: Mapping[str, str] | None = None,
     **hf_hub_download_kwargs: Any,
 ) -> dict[str, Tensor]:
-    """Return the tensors of an adapter from a folder or a Hub repository.
+    """Return the tensors of an adapter from a folder or a Hub repository, from several files where an index says so.
 
     Args:
         model_id: local folder or Hub repository.
@@ -67,7 +68,14 @@ def load_peft_weights(
             cut off, or ``key_mapping`` is wrong.
     """
     subfolder = hf_hub_download_kwargs.pop("subfolder", None)
-    return remapped(read_tensors(weights_file(model_id, subfolder, **hf_hub_download_kwargs), device), key_mapping)
+    try:
+        path = weights_file(model_id, subfolder, **hf_hub_download_kwargs)
+    except CheckpointMissingError:
+        shards = shards_of(model_id, subfolder, **hf_hub_download_kwargs)
+        if shards is None:
+            raise
+        return remapped(_read_shards(shards, device), key_mapping)
+    return remapped(read_tensors(path, device), key_mapping)
 
 
 def weights_file(folder_or_repo: str | os.PathLike[str], subfolder: str | None = None, **hub_keywords: Any) -> str:
@@ -111,6 +119,14 @@ def read_tensors(path: str | os.PathLike[str], device: str | torch.device | None
     if not os.path.isfile(path):
         raise CheckpointMissingError(f"{path}: expected a file of tensors, found none.")
     return _read_safetensors(path, device) if path.endswith(".safetensors") else _read_bin(path, device)
+
+
+def _read_shards(shards: Mapping[str, str], device: str | torch.device | None) -> dict[str, Tensor]:
+    files = {path: read_tensors(path, device) for path in sorted(set(shards.values()))}
+    for key, path in shards.items():
+        if key not in files[path]:
+            raise CheckpointError(f"{path}: expected the tensor {key!r}, which the index says is here")
+    return {key: files[path][key] for key, path in shards.items()}
 
 
 def _read_safetensors(path: str, device: str | torch.device | None) -> dict[str, Tensor]:

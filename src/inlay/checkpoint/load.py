@@ -79,8 +79,14 @@ def load_all(
                 )
                 source = os.path.join(os.fspath(directory), subfolder or "")
 
-                def fill(state: State, name: str = name, tensors: Any = tensors, source: str = source) -> None:
-                    load_tensors(bare, tensors, name, source=source)
+                def fill(
+                    state: State,
+                    name: str = name,
+                    tensors: Any = tensors,
+                    source: str = source,
+                    version: str | None = config.peft_version,
+                ) -> None:
+                    load_tensors(bare, tensors, name, source=source, version=version)
 
                 # Under a lenient policy a file may lack tensors, which then keep their initial values.
                 strict = made.policy.strict_load

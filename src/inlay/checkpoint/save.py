@@ -92,6 +92,7 @@ def saved_config(tree: Tree, name: str) -> Any:
     for field, value in record.saved.items():
         setattr(config, field, copy.deepcopy(value))
     config.inference_mode = True
+    config.peft_version = config.written_version
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = tree.bare.__dict__.get("name_or_path") or None
     if config.task_type is None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from inlay.checkpoint.embeddings import embedding_targets, embeddings_to_save
-from inlay.checkpoint.keys import key_index
+from inlay.checkpoint.keys import foreign_biases, key_index
 from inlay.checkpoint.migrations import migrated
+from inlay.checkpoint.older import biases_of_any_name, lost_biases, present_layout, without_wrappers
 from inlay.checkpoint.resolve import Resolution, listed, resolve
 from inlay.checkpoint.target import KeyIndex, Target
 from inlay.checkpoint.translation import collected, renamed
@@ -137,12 +138,15 @@ def load_tensors(
     strict: bool | None = None,
     ignore_mismatched_sizes: bool = False,
     source: str | None = None,
+    version: str | None = None,
 ) -> Any:
     """What :func:`set_peft_model_state_dict` does, with a strictness of its own.
 
     Args:
         strict: whether missing and unexpected keys raise; by default what the model's policy says.
         source: the file's name, for messages.
+        version: the release of PEFT that the file says it is of; without it, square banks of matrices are taken as
+            they are.
     """
     tree = Tree(model)
     index = key_index(tree, adapter)
@@ -151,8 +155,14 @@ def load_tensors(
             raise StateError(f"adapter {adapter!r} is merged into {layer.site_path!r}; unmerge it before loading it")
     where = f"{source}: " if source else ""
     try:
-        tensors = migrated(tree, index, renamed(tree, index, adapter, tensors), adapter)
-        found = resolve(index, tensors, adapter, embedding_targets(tree))
+        given = without_wrappers(index, renamed(tree, index, adapter, tensors))
+        tensors = migrated(tree, index, given, adapter)
+        further = embedding_targets(tree)
+        if not (tree.state.policy.strict_load if strict is None else strict):
+            further += foreign_biases(tree, index)
+        further += biases_of_any_name(tree, index, adapter)
+        found = resolve(index, tensors, adapter, further)
+        present_layout(tree, index, found, adapter, version, given)
     except CheckpointError as error:
         raise type(error)(f"{where}{error}") from None
     strict = tree.state.policy.strict_load if strict is None else strict
@@ -169,15 +179,25 @@ def _judge(
     tree: Tree, index: KeyIndex, found: Resolution, strict: bool, ignore_sizes: bool, where: str, adapter: str
 ) -> None:
     """Raise or warn for what does not fit."""
+    lost = lost_biases(tree, found, adapter)
     left_out = Resolution(misshaped=found.misshaped) if ignore_sizes else Resolution()
     raised = Resolution(
-        missing=[target for target in found.missing if strict or target.part in ("shared", "copy")],
+        missing=[
+            target for target in found.missing if (strict and target not in lost) or target.part in ("shared", "copy")
+        ],
         unexpected=found.unexpected if strict else [],
         misshaped={} if ignore_sizes else found.misshaped,
     )
     problem = raised.problem(index)
     if problem is not None:
         raise CheckpointMismatchError(f"{where}the checkpoint does not fit adapter {adapter!r}: {problem}")
+    if lost and strict:
+        warnings.warn(
+            f"{where}the checkpoint has no biases, as releases 0.7 to 0.20 of PEFT wrote it for a configuration that "
+            "trains those of adapted layers; the model's own are used",
+            InlayWarning,
+            stacklevel=4,
+        )
     warned = left_out.problem(index)
     if warned is not None:
         warnings.warn(f"{where}left out, because ignore_mismatched_sizes is set: {warned}", InlayWarning, stacklevel=4)

@@ -41,6 +41,7 @@ from inlay.errors import (
 __all__ = ["COMPATIBLE_PEFT_VERSION", "PeftConfig"]
 
 COMPATIBLE_PEFT_VERSION = "0.21.2"  # whose files these are; written into every file
+LAST_WITHOUT_VERSION = "0.17.1"  # the last release whose files do not say what wrote them
 
 
 @settings
@@ -106,6 +107,11 @@ class PeftConfig(Settings, PushToHub):
 
     def _implied(self, field: dataclasses.Field[Any]) -> Any:
         return COMPATIBLE_PEFT_VERSION if field.name == "peft_version" else super()._implied(field)
+
+    @property
+    def written_version(self) -> str:
+        """The release whose file format a saved adapter of this configuration has."""
+        return COMPATIBLE_PEFT_VERSION
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -212,6 +218,8 @@ class PeftConfig(Settings, PushToHub):
                 stacklevel=2,
             )
         values = {**{key: value for key, value in extra.items() if key in names}, **found}
+        if values.get("peft_version") is None:
+            values["peft_version"] = LAST_WITHOUT_VERSION
         return _from_values(target, target.check_kwargs(**values), str(path))
 
     @classmethod

@@ -226,7 +226,11 @@ def _nested(hint: Any) -> type[Any] | None:
 
 
 def without_unknown(cls: type[Any], values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
-    """Return ``values`` without the keys that ``cls`` or its nested configurations lack, and a line on each."""
+    """Return ``values`` without the keys that ``cls`` or its nested configurations lack, and a line on each.
+
+    A null where the field has no such value is left out as well, and means the default: early releases of PEFT had None
+    for "not said" in fields that have a plain default now.
+    """
     names = {field.name for field in dataclasses.fields(cls)}
     kept: dict[str, Any] = {}
     dropped: list[str] = []
@@ -238,5 +242,13 @@ def without_unknown(cls: type[Any], values: Mapping[str, Any], prefix: str = "")
         if inner is not None and isinstance(value, Mapping):
             value, more = without_unknown(inner, value, f"{prefix}{key}.")
             dropped += more
-        kept[key] = value
+        if value is not None or _may_be_none(field_hints(cls)[key]):
+            kept[key] = value
     return kept, dropped
+
+
+def _may_be_none(hint: Any) -> bool:
+    try:
+        return conform(None, hint, "") is None
+    except _Misfit:
+        return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from inlay.core.affine import Affine, Site
 from inlay.core.method import Method, P
 from inlay.core.registry import register_method
 from inlay.core.slot import Normal, Slot, zeros
-from inlay.errors import CheckpointError, ConfigError, InlayWarning
+from inlay.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from inlay.core.inner import Inner
@@ -77,15 +76,18 @@ class OFTConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
                 "this OFT adapter has no oft_block_size: it was trained with PEFT before 0.14, whose rotations were "
                 "stored in another form that cannot be read"
             )
-        version = re.match(r"(\d+)\.(\d+)", str(kwargs.get("peft_version") or "0.0"))
-        if kwargs.get("use_cayley_neumann") and version and tuple(map(int, version.groups())) < (0, 18):
-            warnings.warn(
-                "this OFT adapter was trained with PEFT before 0.18, whose Cayley-Neumann series ended differently: "
-                "its rotations come out slightly changed",
-                InlayWarning,
-                stacklevel=4,
-            )
         return super().check_kwargs(**kwargs)
+
+    @property
+    def full_last_term(self) -> bool:
+        """Whether the series ends as PEFT before 0.18 ended it: the last power counts twice, as those before it."""
+        version = re.match(r"(\d+)\.(\d+)", self.peft_version or "")
+        return self.use_cayley_neumann and version is not None and tuple(map(int, version.groups())) < (0, 18)
+
+    @property
+    def written_version(self) -> str:
+        # a later release would read another series
+        return (self.peft_version or "") if self.full_last_term else super().written_version
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,12 @@ class OFT(Method):
 
     def options(self, site: Site) -> dict[str, Any]:
         features, config = self.features(site), self.config
+        series = {"full_last_term": True} if config.full_last_term else {}
         if config.oft_block_size:
             block = nearest_divisor(features, config.oft_block_size)
-            return {"r": features // block, "oft_block_size": block}
+            return {"r": features // block, "oft_block_size": block, **series}
         r = nearest_divisor(features, config.r)
-        return {"r": r, "oft_block_size": features // r}
+        return {"r": r, "oft_block_size": features // r, **series}
 
     def note(self, site: Site) -> str | None:
         found = self.options(site)
@@ -200,6 +203,12 @@ class OFT(Method):
             identity = torch.diag_embed(torch.ones_like(Q[..., 0]))
             return torch.linalg.solve(identity + Q, -2 * Q, left=False)
         terms = self.config.num_cayley_neumann_terms
+        if getattr(p, "full_last_term", False):
+            total, power = 2 * Q, Q
+            for _ in range(2, terms):
+                power = power @ Q
+                total = total + 2 * power
+            return total
         if terms == 2:
             return 2 * Q
         total, power = 2 * Q, Q

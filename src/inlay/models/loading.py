@@ -189,7 +189,14 @@ def _enter(
 
     def fill(state: State) -> None:
         result.append(
-            load_tensors(wrapper, tensors, name, ignore_mismatched_sizes=options.ignore_sizes, source=str(source))
+            load_tensors(
+                wrapper,
+                tensors,
+                name,
+                ignore_mismatched_sizes=options.ignore_sizes,
+                source=str(source),
+                version=config.peft_version,
+            )
         )
 
     if name in wrapper.state.records:

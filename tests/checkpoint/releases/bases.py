@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ class Experts(nn.Module):
         super().__init__()
         self.up = nn.Parameter(torch.empty(2, 6, 8))
         self.down = nn.Parameter(torch.empty(2, 8, 6))
+        self.square = nn.Parameter(torch.empty(2, 8, 8))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = torch.einsum("bti,eoi->bto", x, self.square)
         return torch.einsum("btf,eof->bto", torch.tanh(torch.einsum("bti,eoi->bto", x, self.up)), self.down)
 
 
@@ -61,15 +64,15 @@ def _gpt2() -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def _llama() -> nn.Module:
+def _llama(tied: bool = False) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes: dict[str, Any] = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied))
 
 
-BASES = {"net": Net, "bert": _bert, "gpt2": _gpt2, "llama": _llama}
+BASES = {"net": Net, "bert": _bert, "gpt2": _gpt2, "llama": _llama, "tied": partial(_llama, tied=True)}
 
 
 def base(name: str) -> nn.Module:

@@ -22,6 +22,7 @@ class Case:
         form: ``saved`` by ``save_pretrained``; ``compiled``, the same of a model that was compiled before; ``raw``, the
             trained part of ``state_dict()``, as scripts write it; ``parallel``, ``get_peft_model_state_dict`` of the
             state dict of a ``DataParallel``, likewise.
+        merged: the model answers after merging, because the release runs the layer in another way before.
     """
 
     since: str
@@ -31,6 +32,7 @@ class Case:
     names: tuple[str, ...] = ("default",)
     until: str = "9.9.9"
     form: str = "saved"
+    merged: bool = False
 
 
 def lora(**fields: Any) -> tuple[str, dict[str, Any]]:
@@ -90,18 +92,30 @@ CASES: dict[str, Case] = {
     ),
     "loha_patterns": Case(
         "0.6.2",
-        ("LoHaConfig", {"r": 2, "target_modules": ["lin", "wide"], "rank_pattern": {"wide": 3}, "alpha_pattern": {"lin": 5}}),
+        (
+            "LoHaConfig",
+            {"r": 2, "target_modules": ["lin", "wide"], "rank_pattern": {"wide": 3}, "alpha_pattern": {"lin": 5}},
+        ),
     ),
     "oft_of_outputs": Case("0.7.1", ("OFTConfig", {"r": 2, "target_modules": ["lin", "wide"]}), until="0.15.2"),
     "oft_of_outputs_shared": Case(
-        "0.7.1", ("OFTConfig", {"r": 2, "target_modules": ["lin"], "block_share": True, "coft": True, "eps": 0.3}), until="0.15.2"
+        "0.7.1",
+        ("OFTConfig", {"r": 2, "target_modules": ["lin"], "block_share": True, "coft": True, "eps": 0.3}),
+        until="0.15.2",
     ),
     "oft": Case("0.16.0", ("OFTConfig", {"r": 2, "oft_block_size": 0, "target_modules": ["lin", "wide"]})),
     "oft_shared": Case(
         "0.16.0",
-        ("OFTConfig", {"oft_block_size": 4, "target_modules": ["lin", "wide"], "block_share": True, "coft": True, "eps": 0.3}),
+        (
+            "OFTConfig",
+            {"oft_block_size": 4, "target_modules": ["lin", "wide"], "block_share": True, "coft": True, "eps": 0.3},
+        ),
     ),
-    "oft_conv2d": Case("0.16.0", ("OFTConfig", {"oft_block_size": 3, "target_modules": ["conv"]})),
+    "oft_conv2d": Case(
+        "0.16.0",
+        ("OFTConfig", {"oft_block_size": 3, "target_modules": ["conv"], "use_cayley_neumann": False}),
+        merged=True,
+    ),
     "oft_block_size": Case("0.16.0", ("OFTConfig", {"oft_block_size": 4, "target_modules": ["lin", "wide"]})),
     "oft_neumann": Case(
         "0.16.0", ("OFTConfig", {"oft_block_size": 4, "target_modules": ["lin"], "use_cayley_neumann": True})
@@ -116,8 +130,30 @@ CASES: dict[str, Case] = {
     ),
     "ln_tuning": Case("0.11.1", ("LNTuningConfig", {"target_modules": ["norm"]})),
     "ln_tuning_llama": Case("0.11.1", ("LNTuningConfig", {"task_type": "CAUSAL_LM"}), "llama"),
-    "trainable_tokens": Case(
-        "0.15.2", ("TrainableTokensConfig", {"token_indices": [3, 5], "target_modules": ["emb"]})
+    "trainable_tokens": Case("0.15.2", ("TrainableTokensConfig", {"token_indices": [3, 5], "target_modules": ["emb"]})),
+    "tied_gpt2": Case(
+        "0.18.0",
+        lora(target_modules=["wte", "c_attn"], ensure_weight_tying=True, task_type="CAUSAL_LM"),
+        "gpt2",
     ),
-    "tied_head": Case("0.18.1", lora(target_modules=["wte", "c_attn"], ensure_weight_tying=True, task_type="CAUSAL_LM"), "gpt2"),
+    "tied_llama": Case("0.18.0", lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True), "tied"),
+    "tied_copies": Case(
+        "0.18.0", lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True), "tied"
+    ),
+    "tied_tokens": Case("0.15.2", lora(target_modules=["q_proj"], trainable_token_indices=[3, 5]), "tied"),
+    "oft_exact": Case(
+        "0.16.0", ("OFTConfig", {"oft_block_size": 4, "target_modules": ["lin", "wide"], "use_cayley_neumann": False})
+    ),
+    "oft_two_terms": Case(
+        "0.16.0", ("OFTConfig", {"oft_block_size": 4, "target_modules": ["lin"], "num_cayley_neumann_terms": 2})
+    ),
+    "oft_seven_terms": Case(
+        "0.16.0", ("OFTConfig", {"oft_block_size": 4, "target_modules": ["lin"], "num_cayley_neumann_terms": 7})
+    ),
+    "oft_bias_only": Case(
+        "0.16.0", ("OFTConfig", {"oft_block_size": 4, "target_modules": ["lin"], "bias": "oft_only"})
+    ),
+    "lora_square_parameters": Case(
+        "0.17.1", lora(target_modules=[], target_parameters=["experts.square", "back.weight"])
+    ),
 }

@@ -48,7 +48,9 @@ def folder(release: str, case: str) -> Path:
 
 @cache
 def answers(release: str) -> dict[str, Tensor]:
-    """Return what the models answered when they were saved, by case, or case and further adapter."""
+    """Return what the models answered when they were saved, by case.
+
+    Further ones: ``<case>/<adapter>`` of its other adapters, ``<case>/reread`` of the model that the release itself
+    makes of the folder, where that is another one.
+    """
     return load_file(root(release) / "outputs.safetensors")
-
-
