@@ -25,7 +25,6 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 # Parts of PEFT that later work brings: module (or module and name) -> what they belong to. Names there must be
 # placeholders; a name that is none makes the entry wrong, and the test says so.
 LATER = {
-    "helpers.MontecloraTrainerMixin": "LoRA variants",
     "tuners.lora.aqlm": "quantised layers",
     "tuners.lora.arrow": "LoRA variants",
     "tuners.lora.awq": "quantised layers",
@@ -63,12 +62,31 @@ LATER = {
     "utils.quantization_utils.TorchaoBackend": "quantised layers",
     "tuners.tuners_utils.BasePromptEncoder": "prompt methods",
 }
-# Names that Inlay does not have, and why.
-ABSENT = {
-    "auto.AutoPeftModel.auto_mapping": "",
+# Names (or modules) that Inlay does not have and does not mean to, and members of classes, each with the reason.
+INSIDE = "a piece of PEFT's own forward pass, which Inlay does not have"
+NOT_OFFERED = {
+    "helpers.bnb": "an import of PEFT's",
+    "peft_model.PeftModel.get_prompt": "comes with the prompt methods",
+    "peft_model.PeftModel.get_prompt_embedding_to_save": "comes with the prompt methods",
+    "mixed_model.PeftMixedModel.set_modules_to_save": "a step of PEFT's constructor",
+    "tuners.loha.layer.HadaWeight": INSIDE,
+    "tuners.loha.layer.HadaWeightCP": INSIDE,
+    "tuners.loha.layer.make_weight": INSIDE,
+    "tuners.loha.layer.make_weight_cp": INSIDE,
+    "tuners.lora.dora": INSIDE,
+    "tuners.lora.layer.LoraEmbeddingATPHolder": INSIDE,
+    "tuners.lora.model.LoraModel.subtract_mutated_init": "comes with the initialisers that change the base",
+    "tuners.lora.model.add_lora_tp_hooks_dtensor": "adapters are placed with their base weight when they are created",
+    "tuners.lora.model.get_tp_plan_and_mesh": "adapters are placed with their base weight when they are created",
+    "tuners.mixed.model.COMPATIBLE_TUNER_TYPES": "every method may be mixed",
+    "tuners.mixed.model.Configs": "a name for type hints",
+    "tuners.mixed.model.Layers": "a name for type hints",
+    "tuners.mixed.model.PREFIXES": "every method may be mixed",
+    "tuners.oft.layer.MultiplicativeDropoutLayer": INSIDE,
+    "tuners.oft.layer.OFTRotationModule": INSIDE,
+    "utils.other.create_attention_mask": "comes with the prompt methods",
+    "utils.quantization_utils.LayerType": "a name for type hints",
 }
-# Differences in a signature or an attribute that are meant: name -> reason.
-MEANT: dict[str, str] = {}
 
 
 @dataclass
@@ -119,11 +137,13 @@ def rows() -> list[Row]:
         try:
             ours = namespace.value_of(home, name, kind)
         except AttributeError:
-            row.status = "no"
-            row.why = _later(home, name) or "not offered"
+            row.status, row.why = "no", _reason(home, name) or _later(home, name)
             continue
-        if type(ours).__name__ == "Unavailable" or getattr(ours, "__unavailable__", False):
-            row.status, row.why = "later", _later(home, name)
+        waiting = type(ours).__name__ == "Unavailable" or getattr(ours, "__unavailable__", False)
+        method = namespace.method_of(home)
+        if waiting or (method is not None and not _is_built(method)) or _later(home, name):
+            reason = _reason(home, name)
+            row.status, row.why = ("no", reason) if reason else ("later", _later(home, name))
             continue
         if theirs is not None:
             _compare(row, theirs, ours, made.get((module, name)))
@@ -141,6 +161,13 @@ def _later(home: str, name: str) -> str:
     return ""
 
 
+def _reason(home: str, name: str, member: str = "") -> str:
+    """Return why Inlay does not offer a name, or an attribute of it; empty where nobody said so."""
+    if member:
+        return NOT_OFFERED.get(f"{home}.{name}.{member}", "") or NOT_OFFERED.get(f"{home}.PeftModel.{member}", "")
+    return NOT_OFFERED.get(f"{home}.{name}", "") or NOT_OFFERED.get(home, "")
+
+
 def _is_built(method: str) -> bool:
     from inlay.config import PeftType
     from inlay.core.registry import method_types
@@ -152,7 +179,7 @@ def _compare(row: Row, theirs: Any, ours: Any, made: tuple[Any, Any] | None) -> 
     if isinstance(theirs, type):
         ignored = {*dir(nn.Module()), *dir(Enum), *dir(dict), *dir(torch.autograd.Function)}
         members = {name for name in dir(theirs) if not name.startswith("_")} - ignored
-        for name in members:
+        for name in sorted(members):
             if not hasattr(ours, name) and not (made is not None and hasattr(made[1], name)):
                 row.missing.append(name)
             else:
@@ -194,7 +221,13 @@ def _signature(row: Row, name: str, theirs: Any, ours: Any) -> None:
         elif parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and order.index(parameter.name) != position:
             row.differing.append(f"{here}: position")
         elif mine.default is not parameter.default and not _same(mine.default, parameter.default):
-            row.differing.append(f"{here}: {parameter.default!r} is {mine.default!r}")
+            row.differing.append(f"{here}: {_shown(parameter.default)} is {_shown(mine.default)}")
+
+
+def _shown(default: Any) -> str:
+    if default is inspect.Parameter.empty:
+        return "required"
+    return default.__name__ if inspect.isfunction(default) else repr(default)
 
 
 def _same(mine: Any, theirs: Any) -> bool:
@@ -208,11 +241,16 @@ def counted(found: list[Row]) -> tuple[int, int]:
     """Return how many names, attributes and signatures of what is built are there, of how many."""
     have = total = 0
     for row in found:
-        if row.status == "later" or (row.status == "no" and _later(row.home, row.name)):
+        if row.status == "later" or (row.status == "no" and not _reason(row.home, row.name) and row.why):
             continue
         total += 1 + row.members
         have += (row.status == "yes" and not row.differing) + row.members - len(row.missing)
     return have, total
+
+
+def _said(row: Row, member: str) -> str:
+    reason = _reason(row.home, row.name, member)
+    return f"no `{member}`" + (f" ({reason})" if reason else "")
 
 
 def document(found: list[Row]) -> str:
@@ -240,14 +278,14 @@ def document(found: list[Row]) -> str:
         if there:
             lines += ["| name | there | attributes | differs |", "|---|---|---|---|"]
         for row in there:
-            differs = [f"no `{name}`" for name in row.missing] + [f"`{text}`" for text in row.differing]
+            differs = [_said(row, name) for name in row.missing] + [f"`{text}`" for text in row.differing]
             if row.status == "no":
                 differs = [row.why]
             members = f"{row.members - len(row.missing)}/{row.members}" if row.members else ""
             lines.append(f"| `{row.name}` | {row.status} | {members} | {'; '.join(differs)} |".replace("|  |", "| |"))
         if waiting:
             reason = ", ".join(sorted({row.why for row in shown if row.status == "later"}))
-            lines += ["" if there else "", f"Later ({reason}): {', '.join(f'`{name}`' for name in waiting)}."]
+            lines += ["", f"Later ({reason}): {', '.join(f'`{name}`' for name in waiting)}."]
         lines.append("")
     text = "\n".join(lines)
     while "\n\n\n" in text:

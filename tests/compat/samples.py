@@ -68,8 +68,7 @@ def made(peft: ModuleType, name: str) -> Any:
     """Return a model of one case, made with the functions of ``peft``."""
     torch.manual_seed(0)
     config, fields = CASES[name]
-    built = peft.get_peft_model(Layers(), getattr(peft, config)(**copy.deepcopy(fields)), mixed=name == "mixed")
-    return built
+    return peft.get_peft_model(Layers(), getattr(peft, config)(**copy.deepcopy(fields)), mixed=name == "mixed")
 
 
 def banks(peft: ModuleType) -> Any:
@@ -91,9 +90,7 @@ def tasks(peft: ModuleType) -> Iterator[Any]:
     )
 
     small = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=32, bos_token_id=0, eos_token_id=1)
-    bert = BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32
-    )
+    bert = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32)
     t5 = T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=32)
     for task, model in (
         ("CAUSAL_LM", GPT2LMHeadModel(small)),
@@ -114,8 +111,7 @@ def pairs() -> Iterator[tuple[Any, Any]]:
         for name in CASES:
             yield from _both(made(theirs, name), made(ours, name))
         yield from _both(banks(theirs), banks(ours))
-        for left, right in zip(tasks(theirs), tasks(ours), strict=True):
-            yield left, right
+        yield from zip(tasks(theirs), tasks(ours), strict=True)
 
 
 def _both(left: Any, right: Any) -> Iterator[tuple[Any, Any]]:
