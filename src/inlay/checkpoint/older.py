@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 
 from torch import Tensor
 
@@ -60,16 +60,18 @@ def _plain(key: str, segments: set[str], known: Container[str]) -> str:
     return ".".join(parts)
 
 
-def biases_of_any_name(tree: Tree, index: KeyIndex, adapter: str) -> Iterator[Target]:
-    """Yield what ``bias="all"`` meant besides biases: parameters of the base with "bias" in their names."""
+def biases_of_any_name(tree: Tree, index: KeyIndex, adapter: str) -> list[Target]:
+    """Return what ``bias="all"`` meant besides biases: parameters of the base with "bias" in their names."""
     if tree.state.record(adapter).method.bias_mode() != "all":
-        return
-    for node in tree.nodes:
-        for attribute in node.module._parameters:
-            if "bias" in f"{node.original}.{attribute}" and node.module._parameters[attribute] is not None:
-                target = base_target(node, attribute, "embedding")
-                if target.key not in index.targets:
-                    yield target
+        return []
+    return [
+        base_target(node, attribute, "embedding")
+        for node in tree.nodes
+        for attribute, held in node.module._parameters.items()
+        if held is not None
+        and "bias" in f"{node.original}.{attribute}"
+        and index.holding(node.module, attribute) is None
+    ]
 
 
 def lost_biases(tree: Tree, found: Resolution, adapter: str) -> list[Target]:

@@ -56,6 +56,9 @@ def get_peft_model_state_dict(
     index = key_index(tree, adapter_name)
     for target in embeddings_to_save(tree, adapter_name, save_embedding_layers):
         index.add(target)
+    for target in biases_of_any_name(tree, index, adapter_name):
+        if tree.owner_name(target.tensor) in tree.state.base_values:  # a load changed it
+            index.add(target)
     given = None if state_dict is None else _Given(state_dict)
     result = {
         key: target.whole(target.tensor if given is None else given.value(target))

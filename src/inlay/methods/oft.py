@@ -82,7 +82,9 @@ class OFTConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
     def full_last_term(self) -> bool:
         """Whether the series ends as PEFT before 0.18 ended it: the last power counts twice, as those before it."""
         version = re.match(r"(\d+)\.(\d+)", self.peft_version or "")
-        return self.use_cayley_neumann and version is not None and tuple(map(int, version.groups())) < (0, 18)
+        if not self.use_cayley_neumann or self.num_cayley_neumann_terms == 2 or version is None:
+            return False
+        return tuple(map(int, version.groups())) < (0, 18)
 
     @property
     def written_version(self) -> str:
