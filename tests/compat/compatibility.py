@@ -81,6 +81,16 @@ NOT_OFFERED = {
     "tuners.mixed.model.COMPATIBLE_TUNER_TYPES": "every method may be mixed",
     "tuners.mixed.model.Configs": "a name for type hints",
     "tuners.mixed.model.Layers": "a name for type hints",
+    **{
+        f"tuners.mixed.model.MixedModel.{member}": "a hook of BaseTuner; a mixed model is injected into by the engine"
+        for member in (
+            "generate",
+            "get_model_config",
+            "inject_adapter",
+            "supports_lora_conversion",
+            "uses_shared_state",
+        )
+    },
     "tuners.mixed.model.PREFIXES": "every method may be mixed",
     "tuners.oft.layer.MultiplicativeDropoutLayer": INSIDE,
     "tuners.oft.layer.OFTRotationModule": INSIDE,

@@ -1,7 +1,7 @@
 """Record which names each module of the installed peft has, and where each of them is defined.
 
 Running it prints what ``src/inlay/compat/names.json`` holds. Names and places only; the test
-``test_names.py`` compares the file with the installed peft.
+``test_namespace.py`` compares the file with the installed peft.
 """
 
 from __future__ import annotations
