@@ -190,6 +190,18 @@ class MergedNames(list[str]):
         super().extend(names)
         self._write()
 
+    def insert(self, index: SupportsIndex, name: str) -> None:
+        super().insert(index, name)
+        self._write()
+
+    def __setitem__(self, index: Any, names: Any) -> None:
+        super().__setitem__(index, names)
+        self._write()
+
+    def __delitem__(self, index: SupportsIndex | slice) -> None:
+        super().__delitem__(index)
+        self._write()
+
     def remove(self, name: str) -> None:
         super().remove(name)
         self._write()

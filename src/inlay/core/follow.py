@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from inlay.core.call import opened
-from inlay.core.state import State
+from inlay.core.state import BASE, State
 from inlay.errors import RoutingError
 
 __all__ = ["Follower", "follower_of"]
@@ -151,6 +151,7 @@ class Follower(nn.Module):
 
         Raises:
             RoutingError: there is not one name for each sample.
+            UnknownAdapterError: the model has no adapter of a name; under PEFT's policy such samples get none.
         """
         kwargs = dict(kwargs)
         names = kwargs.pop("adapter_names")
@@ -159,6 +160,10 @@ class Follower(nn.Module):
         x = args[0] if args else next(iter(kwargs.values()))
         if len(names) != len(x):
             raise RoutingError(f"adapter_names has {len(names)} names for a batch of {len(x)} samples")
+        if not self.state.policy.peft_layers:
+            for name in dict.fromkeys(names):
+                if name != BASE:
+                    self.state.record(name)
         with opened(self.state, names=names):
             return self(*args, **kwargs)
 

@@ -60,8 +60,9 @@ class AdaptedLayer(LayerSurface):
             if any(name in entry.options for held in entries.values() for entry in held):
                 return OptionView(self, name)
             base = self.__dict__["_modules"].get("base_layer")
-            if base is not None and hasattr(base, name):
-                return getattr(base, name)
+            found = NotImplemented if base is None else getattr(base, name, NotImplemented)
+            if found is not NotImplemented:
+                return found
         found = self._further(name)
         if found is NotImplemented:
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}, and neither has its base layer")

@@ -44,22 +44,24 @@ def merge(
     names = list(state.active if names is None else names)
     for name in names:
         state.record(name)
-    done: list[tuple[Any, list[str]]] = []
+    done: list[tuple[Any, list[str], list[str]]] = []  # layer, merged now, merged before
     try:
         for layer in state.layers():
             wanted = [name for name in names if layer.merges_itself and layer.has(name)]
             wanted = [name for name in wanted if name not in layer.merged_names]
             if wanted:
-                done.append((layer, wanted))
+                done.append((layer, wanted, list(layer.merged_names)))
                 layer.merge(safe_merge=True, adapter_names=wanted)
         rest = [layer for layer in state.layers() if isinstance(layer, AdaptedLayer) and not layer.merges_itself]
         merged = merge_layers(rest, names, keep=keep, progress=progress)
     except BaseException:
-        for layer, _ in done:
-            if layer.merged_names:
+        for layer, _, before in reversed(done):
+            if list(layer.merged_names) != before:
                 layer.unmerge()
+                if before:  # unmerging takes out all
+                    layer.merge(adapter_names=before)
         raise
-    return [name for name in names if name in merged or any(name in wanted for _, wanted in done)]
+    return [name for name in names if name in merged or any(name in wanted for _, wanted, _ in done)]
 
 
 def merge_layers(

@@ -177,7 +177,7 @@ class ModuleCopies(Follower):
             copy: Any = None
             if tied_module is not None:
                 rows, columns = tied_module.weight.shape
-                copy = nn.Linear(rows, columns, bias=False, device="meta")
+                copy = nn.Linear(columns, rows, bias=False, device="meta")
                 copy.weight = tied_module.weight
             self.add(adapter_name, copy)
         self.original_module.requires_grad_(False)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 __all__ = ["is_remembering", "remember", "remembered"]
 
@@ -70,7 +69,7 @@ def _key(sources: tuple[Tensor | float, ...]) -> tuple[Any, ...] | None:
         if scalar:
             found.append(source.item())
         elif isinstance(owner, nn.Parameter) and type(owner) is nn.Parameter and not owner.is_inference():
-            found.append((weakref.ref(owner), owner._version, source.data_ptr(), source.dtype))
+            found.append((WeakIdRef(owner), owner._version, source.data_ptr(), source.dtype))
         else:
             return None
     return tuple(found)
