@@ -56,8 +56,8 @@ def replace_adapter(tree: Tree, adapter: str, config: Any, tensors: Mapping[str,
     """
     state, record = tree.state, tree.state.record(adapter)
     for layer in state.layers():
-        if adapter in layer._merged:
-            raise MergeError(f"adapter {adapter!r} is merged into {layer.site.name!r}; unmerge it before swapping it")
+        if adapter in layer.merged_names:
+            raise MergeError(f"adapter {adapter!r} is merged into {layer.site_path!r}; unmerge it before swapping it")
     index = key_index(tree, adapter)
     try:
         found = resolve(index, tensors, adapter, embedding_targets(tree))

@@ -14,7 +14,7 @@ from torch import nn
 
 from inlay.combine.configs import derived
 from inlay.combine.lora import part_of, write_factors
-from inlay.combine.placing import carry, check_tied, entries, layers_of, plan_exactly, put
+from inlay.combine.placing import carry, check_layers, check_tied, entries, layers_of, plan_exactly, put
 from inlay.combine.svd import factorise
 from inlay.core.dtype import merge_dtype
 from inlay.core.entry import Entry
@@ -48,6 +48,7 @@ def reduce_intruder_dimension(
     Raises:
         UnsupportedError: another method than LoRA, or a kind of LoRA whose update is not one matrix beside the base's
             (DoRA, bare parameters, grouped convolutions).
+        CombinationError: one of the adapter's layers is one that others wrote.
         UnknownAdapterError: there is no such adapter.
         AdapterNameError: the new name is taken or unsafe.
         ConfigError: a number out of range. In each case the model is as before.
@@ -70,8 +71,12 @@ def _add_shrunk(
 ) -> list[str]:
     """Put the shrunk copy into the model and return a line for each layer."""
     config = state.record(old_name).config
+    check_layers(state, [old_name])
     held = [(layer, entry) for layer in layers_of(model) for entry in entries(layer, old_name, "LORA")]
     _check(config, [entry for _, entry in held], top_k)
+    for what, number in (("threshold_epsilon", threshold), ("mitigation_lambda", keep)):
+        if not 0 <= number <= 1:
+            raise ConfigError(f"{what}: expected a number from 0 to 1, found {number!r}")
     wide = any(layer.params(entry).A.dtype.itemsize >= 4 for layer, entry in held)
     made = plan_exactly(model, derived(config), new_name, {e.site.name for _, e in held}, autocast=wide)
     lines: list[str] = []

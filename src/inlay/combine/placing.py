@@ -25,7 +25,7 @@ from inlay.core.state import State
 from inlay.core.targets import places
 from inlay.errors import CombinationError, InlayError
 
-__all__ = ["carry", "check_copies", "check_tied", "entries", "layers_of", "plan_exactly", "put", "targets_exactly"]
+__all__ = ["carry", "check_layers", "check_tied", "entries", "layers_of", "plan_exactly", "put", "targets_exactly"]
 
 TOKENS = "TRAINABLE_TOKENS"
 
@@ -108,13 +108,19 @@ def put(made: Plan, fill: Callable[[State], object]) -> None:
 # -- what stands beside the updates -----------------------------------------------------------------------------------
 
 
-def check_copies(state: State, adapters: Iterable[str]) -> None:
-    """Full copies of one module cannot be combined.
+def check_layers(state: State, adapters: Iterable[str]) -> None:
+    """Full copies of one module cannot be combined, and neither can layers that others wrote.
 
     Raises:
-        CombinationError: two adapters have one of the same module.
+        CombinationError: two adapters have a copy of the same module, or one has a layer that others wrote.
     """
+    adapters = list(adapters)
     for layer in state.layers():
+        if not isinstance(layer, (AdaptedLayer, ModuleCopies)) and any(map(layer.has, adapters)):
+            raise CombinationError(
+                f"{layer.site_path!r} ({layer.type_name}) is a layer of one's own, which cannot be combined: nobody "
+                "says how its tensors add up"
+            )
         if isinstance(layer, ModuleCopies):
             held = [name for name in dict.fromkeys(adapters) if name in layer.modules_to_save._modules]
             if len(held) > 1:

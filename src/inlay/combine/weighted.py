@@ -9,7 +9,7 @@ from torch import nn
 
 from inlay.combine.ia3 import add_ia3
 from inlay.combine.lora import Request, add_lora
-from inlay.combine.placing import check_copies
+from inlay.combine.placing import check_layers
 from inlay.combine.rules import rule
 from inlay.core.state import State
 from inlay.errors import (
@@ -72,7 +72,7 @@ def add_weighted(
             return False
         raise AdapterNameError(f"there is already an adapter {adapter_name!r}; delete it first or take another name")
     weights = _checked(state, adapters, weights)
-    check_copies(state, adapters)
+    check_layers(state, adapters)
     options = (combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
     if _method(state, adapters) == "IA3":
         if options != ("svd", None, None, True, None, None, "total"):

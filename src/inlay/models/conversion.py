@@ -21,6 +21,7 @@ from inlay.combine.change import change_of, lora_factors, no_lora_at
 from inlay.combine.placing import targets_exactly
 from inlay.config import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from inlay.core.layer import AdaptedLayer
+from inlay.core.mount import ModuleCopies
 from inlay.core.state import find_state
 from inlay.errors import CheckpointError, ConfigError, ConfigTypeError, ConversionError, InlayWarning
 from inlay.methods.lora import LoraConfig
@@ -156,6 +157,12 @@ def _layers(tree: Tree, name: str) -> list[tuple[Node, AdaptedLayer]]:
         for node in tree.nodes
         if isinstance(node.module, AdaptedLayer) and name in node.module.entries
     ]
+    for layer in tree.state.layers():
+        if not isinstance(layer, (AdaptedLayer, ModuleCopies)) and layer.has(name):
+            raise ConversionError(
+                f"{layer.site_path!r} ({layer.type_name}) is a layer of one's own, and nobody says what "
+                f"adapter {name!r} changes there"
+            )
     if not found:
         raise ConversionError(f"adapter {name!r} has no layer whose change could be converted to LoRA")
     for _, layer in found:

@@ -18,7 +18,6 @@ from inlay.core.policy import Policy, default_policy
 from inlay.core.registry import method_class, registered_tuner
 from inlay.core.shared import register_shared
 from inlay.core.state import State, find_state
-from inlay.errors import CombinationError
 from inlay.models import operate
 from inlay.models.root import Configs, mark
 
@@ -167,12 +166,6 @@ class AdapterModel(nn.Module):
         """Combine LoRA or (IA)^3 adapters into a new, inactive one; see :func:`inlay.combine.add_weighted`."""
         from inlay.combine import add_weighted
 
-        for layer in self.state.layers():
-            if not isinstance(layer, (AdaptedLayer, ModuleCopies)) and any(map(layer.has, adapters)):
-                raise CombinationError(
-                    f"{layer.site_path!r} ({layer.type_name}) is a layer of one's own, which cannot be combined: "
-                    "nobody says how its tensors add up"
-                )
         options = (svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
         self.add_computed(
             lambda model, state: add_weighted(model, state, adapters, weights, adapter_name, combination_type, *options)
