@@ -20,7 +20,7 @@ Usage: inlay run [--peft-version VERSION] [--force] (SCRIPT | -m MODULE) [ARGUME
 
 
 def main(words: list[str]) -> int:
-    """Run what ``words`` name; its exit code is what it exits with.
+    """Run what ``words`` name; its exit code is what it exits with, 1 where an exception ends it, shown whole.
 
     Raises:
         ConfigError: a wrong option, or nothing to run.
@@ -53,10 +53,13 @@ def main(words: list[str]) -> int:
     install_as_peft(version, force=force)
     os.environ["PYTHONPATH"] = path_with_shim(version)
     sys.argv = rest
-    if module:
-        sys.path[0:1] = [os.getcwd()]
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0:1] = [str(Path(rest[0]).resolve().parent)]
-        runpy.run_path(rest[0], run_name="__main__")
+    sys.path[0:1] = [os.getcwd() if module else str(Path(rest[0]).resolve().parent)]
+    try:
+        if module:
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(rest[0], run_name="__main__")
+    except Exception:  # an InlayError too: it is the script's, and its lines are wanted
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        return 1
     return 0
