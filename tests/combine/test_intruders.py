@@ -131,3 +131,17 @@ def test_what_has_no_matrix_beside_the_weight(kind, fields, method, match):
     if match == "LOHA":
         with pytest.raises(ValueError):
             their_reduce(pair.theirs, "a", "new")
+
+
+@pytest.mark.parametrize("options", [{"threshold_epsilon": float("nan")}, {"mitigation_lambda": 2.0}])
+def test_numbers_out_of_range_are_refused(options):
+    pair = Pair("linear", lora(r=4, target_modules=["layer"]))
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        reduce_intruder_dimension(pair.ours, "a", "new", logging_sink=None, **options)
+    assert "new" not in pair.ours.peft_config
+
+
+def test_a_scale_of_zero_is_refused():
+    pair = Pair("linear", lora(r=4, target_modules=["layer"], lora_alpha=0))
+    with pytest.raises(UnsupportedError, match="lora_alpha is 0"):
+        reduce_intruder_dimension(pair.ours, "a", "new", logging_sink=None)

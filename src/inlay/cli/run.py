@@ -60,6 +60,6 @@ def main(words: list[str]) -> int:
         else:
             runpy.run_path(rest[0], run_name="__main__")
     except Exception:  # an InlayError too: it is the script's, and its lines are wanted
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         return 1
     return 0

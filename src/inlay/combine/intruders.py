@@ -47,7 +47,7 @@ def reduce_intruder_dimension(
 
     Raises:
         UnsupportedError: another method than LoRA, or a kind of LoRA whose update is not one matrix beside the base's
-            (DoRA, bare parameters, grouped convolutions).
+            (DoRA, bare parameters, grouped convolutions, a scale of 0).
         CombinationError: one of the adapter's layers is one that others wrote.
         UnknownAdapterError: there is no such adapter.
         AdapterNameError: the new name is taken or unsafe.
@@ -109,6 +109,8 @@ def _check(config: Any, held: list[Entry], top_k: int) -> None:
         if entry.site.parameter is not None or entry.site.groups > 1:
             what = "a bare parameter" if entry.site.parameter is not None else "a convolution with groups"
             raise UnsupportedError(f"{entry.site.name!r} is {what}, whose update is not one matrix beside the weight")
+        if not entry.method.options(entry.site)["scaling"]:
+            raise UnsupportedError(f"{entry.site.name!r}: lora_alpha is 0, so the adapter changes nothing to shrink in")
 
 
 def _fill_layer(layer: AdaptedLayer, old: Entry, new: Entry, top_k: int, threshold: float, keep: float) -> int:
