@@ -116,7 +116,8 @@ def test_twice_is_once():
 
 
 def test_wrong_calls_name_what_is_wrong():
-    assert "expected a version" in run("import inlay; inlay.install_as_peft('new')").stderr
+    for version in ("new", "0garbage", "0.21.2 ", "0/../..", 0.21):
+        assert "expected a version" in run(f"import inlay; inlay.install_as_peft({version!r})").stderr
     done = run("", "-m", "inlay", "run", "nothing.py")
     assert (done.returncode, "no script 'nothing.py'" in done.stderr) == (2, True)
 
@@ -133,3 +134,40 @@ def test_pickles_name_places_of_peft():
     assert ok(read.format(ours)).split() == ["peft.tuners.lora.config", "4", "LORA"]
     back = ok(write + read.format(theirs) + "; import inlay; assert type(c) is inlay.LoraConfig")
     assert back.split()[1:] == ["4", "LORA"]
+    assert b"inlay" not in bytes.fromhex(ours)  # parts (LoraRuntimeConfig) included: PEFT reads it without Inlay
+
+
+def test_type_hints_and_pickles_of_names_that_are_not_there_yet():
+    ok(
+        "import inlay; inlay.install_as_peft(force=True)\nimport peft, pickle, typing\n"
+        "hints = typing.get_type_hints(peft.LoraConfig); assert hints['runtime_config'] is peft.LoraRuntimeConfig\n"
+        "assert hasattr(peft, '__file__')\n"
+        "for name in [name for name in peft.__all__ if type(getattr(peft, name)).__name__ == 'Unavailable']:\n"
+        "    held = getattr(peft, name); assert pickle.loads(pickle.dumps(held)) is held is getattr(peft, name), name\n"
+    )
+
+
+def test_modules_keep_their_specs_when_threads_import_them():
+    ok(
+        "import inlay; inlay.install_as_peft(force=True)\nimport sys, threading, importlib\n"
+        "from inlay.compat.namespace import table\nsys.setswitchinterval(1e-6)\n"
+        "names = [f'peft.{name}' for name in table() if name]\n"
+        "def every(part): [importlib.import_module(name) for name in part]\n"
+        "threads = [threading.Thread(target=every, args=(names[i::8],)) for i in range(8)]\n"
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]\n"
+        "for name in names:\n"
+        "    assert sys.modules[name].__spec__.name == f'inlay.compat.{name}', name\n"
+    )
+
+
+def test_a_folder_of_that_name_is_not_an_installed_peft(tmp_path):
+    """A checkout of peft in the working directory, say, where peft is not installed."""
+    (tmp_path / "peft").mkdir()
+    hide = (
+        f"import sys; sys.path[:] = [{str(tmp_path)!r}, *sys.path]\nfrom importlib import machinery\n"
+        "find = machinery.PathFinder.find_spec\n"
+        "def hidden(name, path=None, target=None):\n"
+        f"    return find(name, [{str(tmp_path)!r}] if name == 'peft' else path, target)\n"
+        "machinery.PathFinder.find_spec = hidden\n"
+    )
+    ok(hide + "import inlay; inlay.install_as_peft(); import peft; assert peft.LoraConfig is inlay.LoraConfig")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import is_dataclass
 from importlib import import_module, metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -13,10 +14,11 @@ from types import ModuleType
 from typing import Any
 
 from inlay.compat import namespace
+from inlay.compat.version import check_version
 from inlay.config import COMPATIBLE_PEFT_VERSION, PeftConfig, PeftType, TaskType
 from inlay.core.policy import PEFT, set_default_policy
 from inlay.core.registry import config_class, method_types
-from inlay.errors import ConfigError, StateError
+from inlay.errors import StateError
 
 __all__ = ["install_as_peft", "stand_in"]
 
@@ -70,11 +72,12 @@ class Alias(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = import_module(namespace.ROOT + spec.name[len("peft") :])
-        self._spec = module.__spec__  # the import system is about to write its own
+        spec.loader_state = module.__spec__  # the import system is about to write its own
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
 
     def find_distributions(self, context: Any = None) -> Iterable[metadata.Distribution]:
         """Answer ``importlib.metadata`` for peft."""
@@ -104,8 +107,7 @@ def install_as_peft(version: str = COMPATIBLE_PEFT_VERSION, *, force: bool = Fal
         StateError: peft was imported before, or something that decided that it is not there, or (without ``force``)
             peft is installed. Nothing is changed then.
     """
-    if not version or not version[0].isdigit():
-        raise ConfigError(f"install_as_peft: version: expected a version such as '0.21.2', found {version!r}")
+    check_version(version)
     own = import_module(namespace.ROOT)
     if sys.modules.get("peft") is not own:
         _refuse_late()
@@ -157,17 +159,17 @@ def _decided() -> Iterator[str]:
 
 
 def _refuse_beside() -> None:
-    """Refuse to hide an installed peft; a folder that is itself a stand-in does not count."""
+    """Refuse to hide an installed peft; a stand-in does not count, nor a folder ``peft`` that is no package."""
     spec = find_spec("peft")
-    if spec is not None and spec.loader is not _alias and not _is_shim(spec.origin):
+    if spec is not None and spec.loader is not _alias and spec.origin is not None and not _is_shim(spec.origin):
         raise StateError(
             f"peft is installed ({spec.origin}); uninstall it, or pass force=True to hide it in this process"
         )
 
 
-def _is_shim(origin: str | None) -> bool:
+def _is_shim(origin: str) -> bool:
     try:
-        return origin is not None and "stand_in" in Path(origin).read_text(encoding="utf-8")
+        return "stand_in" in Path(origin).read_text(encoding="utf-8")
     except OSError:
         return False
 
@@ -183,9 +185,8 @@ def _forget_answers() -> None:
 
 
 def _name_as_peft() -> None:
-    """Let pickles of configurations and enums say where PEFT has them, so that either side reads them."""
-    named: list[type[Any]] = [PeftType, TaskType, PeftConfig, *map(config_class, method_types())]
-    for cls in named:
+    """Let pickles of configurations, their parts and enums say where PEFT has them, so that either side reads them."""
+    for cls in list(_pickled()):
         home = next(
             (
                 module
@@ -198,5 +199,17 @@ def _name_as_peft() -> None:
             continue
         public = import_module(f"peft.{home}")
         for name, value in vars(sys.modules[cls.__module__]).items():
-            public.__dict__.setdefault(name, value)  # typing.get_type_hints looks names up there
+            if namespace.home_of(home, name) is not None:
+                getattr(public, name)  # is kept there
+            elif not name.startswith("__"):
+                public.__dict__.setdefault(name, value)  # typing.get_type_hints looks names up there
         cls.__module__ = f"peft.{home}"
+
+
+def _pickled() -> Iterator[type[Any]]:
+    """Iterate over enums, configurations, and what a method's module defines as parts of them (`LoraRuntimeConfig`)."""
+    yield from (PeftType, TaskType, PeftConfig)
+    for module in {config_class(method).__module__ for method in method_types()}:
+        for value in list(vars(sys.modules[module]).values()):
+            if isinstance(value, type) and is_dataclass(value) and value.__module__ == module:
+                yield value

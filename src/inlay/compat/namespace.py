@@ -16,6 +16,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.resources import files
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -192,6 +193,8 @@ class _Builder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         below = module.__name__.removeprefix(ROOT).lstrip(".")
+        if not below:
+            module.__dict__["__file__"] = str(Path(__file__).with_name("__init__.py"))  # asked for to see where peft is
         module.__dict__["__all__"] = sorted(name for name in table()[below] if not name.startswith("_"))
 
 

@@ -6,8 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+from inlay.compat.version import check_version
 from inlay.config import COMPATIBLE_PEFT_VERSION
-from inlay.errors import ConfigError, StateError
+from inlay.errors import StateError
 
 __all__ = ["path_with_shim", "shim_folder"]
 
@@ -30,9 +31,7 @@ def shim_folder(version: str = COMPATIBLE_PEFT_VERSION) -> Path:
         raise StateError(f"the folder shims/peft is missing beside {package}; install Inlay again")
     if version == COMPATIBLE_PEFT_VERSION:
         return found
-    if not version or not version[0].isdigit() or any(char in version for char in "/\\ "):
-        raise ConfigError(f"version: expected a version such as '0.21.2', found {version!r}")
-    return _copied(found, version)
+    return _copied(found, check_version(version))
 
 
 def _copied(source: Path, version: str) -> Path:

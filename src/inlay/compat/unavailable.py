@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from inlay.errors import NotAvailableError
@@ -24,6 +25,7 @@ class Unavailable(type):
         raise AttributeError(f"{name!r}: {_sentence(cls.__dict__.get('_home', cls.__module__), cls.__name__)}")
 
 
+@cache  # one object per name, as pickle and dictionaries expect
 def unavailable_class(home: str, name: str) -> type[Any]:
     """Return a class that can be imported and asked for in ``isinstance``; constructing it raises.
 
@@ -35,6 +37,7 @@ def unavailable_class(home: str, name: str) -> type[Any]:
     return made
 
 
+@cache
 def unavailable_function(home: str, name: str) -> Any:
     """Return a function that can be imported; calling it raises `NotAvailableError`."""
 
