@@ -11,10 +11,11 @@ import pytest
 from releases.folders import RELEASES, folder, root, saved_by
 
 import inlay
-from inlay.config.base import COMPATIBLE_PEFT_VERSION, LAST_WITHOUT_VERSION
+from inlay.config.base import COMPATIBLE_PEFT_VERSION
 from inlay.core.registry import method_types
 from inlay.errors import CheckpointError, ConfigError, InlayWarning, UnknownMethodError
 
+LAST_WITHOUT_VERSION = "0.17.1"
 # What a file says of a field whose value Inlay settles while reading.
 SETTLED = {"peft_version", "inference_mode"}
 
@@ -103,6 +104,7 @@ def test_no_version_means_a_release_that_wrote_none(said, tmp_path):
         del values["peft_version"]
         (place / "adapter_config.json").write_text(json.dumps(values))
     assert inlay.PeftConfig.from_pretrained(place).peft_version == LAST_WITHOUT_VERSION
+    assert peft.PeftConfig.from_pretrained(str(place)).peft_version == peft.__version__
     unmarked = [release for release in RELEASES if "peft_version" not in json.loads(
         (folder(release, "lora") / "adapter_config.json").read_text())]  # fmt: skip
     assert unmarked[-1] == LAST_WITHOUT_VERSION

@@ -41,7 +41,6 @@ from inlay.errors import (
 __all__ = ["COMPATIBLE_PEFT_VERSION", "PeftConfig"]
 
 COMPATIBLE_PEFT_VERSION = "0.21.2"  # whose files these are; written into every file
-LAST_WITHOUT_VERSION = "0.17.1"  # the last release whose files do not say what wrote them
 
 
 @settings
@@ -53,6 +52,7 @@ class PeftConfig(Settings, PushToHub):
 
     not_saved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     """Fields that hold for this process only and are not written."""
+    unsaid: ClassVar[dict[str, Any]] = {"peft_version": "0.17.1"}  # the last release that did not write it
 
     task_type: TaskType | str | None = setting(
         default=None,
@@ -218,8 +218,7 @@ class PeftConfig(Settings, PushToHub):
                 stacklevel=2,
             )
         values = {**{key: value for key, value in extra.items() if key in names}, **found}
-        if values.get("peft_version") is None:
-            values["peft_version"] = LAST_WITHOUT_VERSION
+        values |= {key: value for key, value in cls.unsaid.items() if values.get(key) is None}
         return _from_values(target, target.check_kwargs(**values), str(path))
 
     @classmethod

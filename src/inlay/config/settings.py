@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 from inlay.config.checking import check_field, field_hints
 from inlay.errors import ConfigError, UnknownFieldError, did_you_mean
@@ -81,6 +81,9 @@ class Settings:
 
     __signature__ = _ConstructorSignature()
 
+    unsaid: ClassVar[dict[str, Any]] = {}
+    """What a file or a pickle without a field means by that, where it is not the default."""
+
     def __init_subclass__(cls) -> None:
         """Bring the fields of mix-ins among the class's own, before ``dataclass`` looks at them.
 
@@ -111,6 +114,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         self.validate()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle, which may be of a class with fewer fields; what it lacks has its default."""
+        values = {**self.unsaid, **state}
+        for field in _fields(type(self)):
+            if field.name not in values and field.default_factory is not dataclasses.MISSING:
+                values[field.name] = field.default_factory()
+            elif field.name not in values and field.default is not dataclasses.MISSING:
+                values[field.name] = field.default
+        self.__dict__.update(values)
 
     def validate(self) -> None:
         """Check every field again, as the constructor did; useful after assigning to one.
