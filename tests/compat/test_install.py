@@ -52,6 +52,15 @@ def test_installed_by_a_folder_on_the_path():
     assert ok(IS_OURS, path=str(shim_folder())).split() == ["0.21.2"] * 2
 
 
+def test_a_folder_of_another_version(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = shim_folder("0.19.1")
+    assert shim_folder("0.19.1") == folder
+    assert [path.name for path in folder.parent.iterdir()] == ["peft-0.19.1"]
+    source = "import peft, importlib.metadata as m; print(peft.__version__, m.version('peft'))"
+    assert ok(source, path=str(folder)).split() == ["0.19.1"] * 2
+
+
 def test_children_inherit_the_folder(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(

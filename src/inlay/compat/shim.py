@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from inlay.compat.version import check_version
@@ -37,12 +38,22 @@ def shim_folder(version: str = COMPATIBLE_PEFT_VERSION) -> Path:
 def _copied(source: Path, version: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     target = cache / "inlay" / "shims" / f"peft-{version}"
-    if not (target / f"peft-{version}.dist-info" / "METADATA").is_file():
-        shutil.copytree(source / "peft", target / "peft", dirs_exist_ok=True)
-        info = target / f"peft-{version}.dist-info"
-        shutil.copytree(source / f"peft-{COMPATIBLE_PEFT_VERSION}.dist-info", info, dirs_exist_ok=True)
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as made:  # whole or not there, also for a process beside this
+        folder = Path(made) / target.name
+        info = folder / f"peft-{version}.dist-info"
+        shutil.copytree(source / "peft", folder / "peft")
+        shutil.copytree(source / f"peft-{COMPATIBLE_PEFT_VERSION}.dist-info", info)
         metadata = info / "METADATA"
-        metadata.write_text(metadata.read_text(encoding="utf-8").replace(COMPATIBLE_PEFT_VERSION, version))
+        words = metadata.read_text(encoding="utf-8").replace(COMPATIBLE_PEFT_VERSION, version)
+        metadata.write_text(words, encoding="utf-8")
+        try:
+            folder.rename(target)
+        except OSError:
+            if not target.is_dir():  # another process was not first: it cannot be written
+                raise
     return target
 
 
