@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from core_models import adapted, net, tokens
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from inlay.core.active import set_active
+from inlay.core.active import set_active, switched_back
 from inlay.core.call import opened
 from inlay.core.eject import eject
 from inlay.core.merge import merge, unmerge
+from inlay.errors import UnknownAdapterError
 
 
 class Switching(RuleBasedStateMachine):
@@ -64,3 +66,29 @@ class Switching(RuleBasedStateMachine):
 
 TestSwitching = Switching.TestCase
 TestSwitching.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+
+
+def test_a_failed_switch_leaves_what_each_layer_had():
+    """Also the active adapters and switches that single layers were given."""
+    model, state = adapted("a", "b")
+    layer = model.layers[0].q
+    layer.set_adapter("b")
+
+    def fail() -> None:
+        with switched_back(state):
+            set_active(state, ["b"])
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert state.active == ("a",)
+    layers = list(state.layers())
+    assert [one.active for one in layers] == [("b",) if one is layer else ("a",) for one in layers]
+
+
+def test_one_layer_cannot_be_given_an_unknown_adapter():
+    model, _ = adapted("a", "b")
+    layer = model.layers[0].q
+    with pytest.raises(UnknownAdapterError, match="there are: 'a', 'b'"):
+        layer.set_adapter("typo")
+    assert layer.active == ("a",)

@@ -211,7 +211,7 @@ def _biases(tree: Tree, adapter: str) -> Iterator[Target]:
 
 
 def foreign_biases(tree: Tree, index: KeyIndex) -> list[Target]:
-    """Return the base biases that do not train with the adapter; a file of one that trained them may still hold them."""
+    """Return the base biases that do not train with the adapter; a file may hold them even so."""
     return [
         base_target(node, "bias", "embedding")  # as embeddings: given back when the adapters are unloaded
         for node in tree.nodes

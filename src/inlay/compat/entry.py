@@ -47,7 +47,7 @@ def _announce(model: nn.Module, config: PeftConfig, revision: str | None) -> Non
     """Warn of what is about to be overwritten or added to."""
     if getattr(model, "peft_config", None):
         warnings.warn(
-            f"{type(model).__name__} has adapters already; unload them first if they are to be replaced",
+            f"{type(model).__name__} has adapters already, and they stay; unload them first if the model is to be bare",
             InlayWarning,
             stacklevel=3,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from inlay.core.entry import find_tensor
 from inlay.core.state import State
 from inlay.errors import StateError
 
-__all__ = ["adapter_parameters", "set_active", "set_trainable"]
+__all__ = ["adapter_parameters", "set_active", "set_trainable", "switched_back"]
 
 
 def _parameters(state: State, names: Iterable[str]) -> Iterator[tuple[nn.Parameter, bool]]:
@@ -48,6 +49,22 @@ def set_trainable(state: State, names: Iterable[str], trainable: bool = True) ->
             parameter.requires_grad_(trainable)
 
 
+@contextmanager
+def switched_back(state: State) -> Iterator[None]:
+    """If the block raises, let the model and each layer have the active adapters and switches that they had."""
+    active, enabled = state.active, state.enabled
+    own = [(layer, layer.__dict__.get("_own_active"), layer.__dict__.get("_own_enabled")) for layer in state.layers()]
+    try:
+        yield
+    except BaseException:
+        state.active, state.enabled = active, enabled
+        for layer, its_active, its_enabled in own:
+            layer.follow()
+            layer.override(its_active, its_enabled)
+        state.touch()
+        raise
+
+
 def set_active(state: State, names: Iterable[str], trainable: bool | None = None) -> None:
     """Activate adapters, in this order; every layer follows.
 
@@ -61,9 +78,10 @@ def set_active(state: State, names: Iterable[str], trainable: bool | None = None
         raise StateError(f"an adapter can be active once only, found {list(wanted)}")
     for layer in state.layers():
         layer.check_active(wanted)
-    state.active = wanted
-    for layer in state.layers():
-        layer.follow()
+    with switched_back(state):
+        state.active = wanted
+        for layer in state.layers():
+            layer.follow()
     state.touch()
     if trainable is not None:
         set_trainable(state, [name for name in state.records if name not in wanted], False)

@@ -18,7 +18,7 @@ from inlay.errors import MergeError
 from inlay.parallel.fsdp import refuse_shell, settle
 from inlay.parallel.tensors import scatter
 
-__all__ = ["delete", "eject", "restore_grad"]
+__all__ = ["delete", "eject", "refuse_shells", "restore_grad"]
 
 
 def delete(model: nn.Module, state: State, name: str) -> None:
@@ -74,15 +74,24 @@ def _refuse_shell(place: Place, follower: Follower) -> None:
         refuse_shell(place.path, follower)
 
 
+def refuse_shells(model: nn.Module) -> None:
+    """Refuse to take adapters out of layers that FSDP has wrapped one by one.
+
+    Raises:
+        UnsupportedError: names one.
+    """
+    for place, follower in standing(model):
+        _refuse_shell(place, follower)
+
+
 def eject(model: nn.Module, state: State, *, restore: bool = True) -> nn.Module:
     """Take every adapter out: the original modules stand where they stood.
 
     Args:
         restore: also give back what training changed in the base (biases); False keeps it, as after a merge.
     """
+    refuse_shells(model)
     found = standing(model)
-    for place, follower in found:
-        _refuse_shell(place, follower)
     settle()
     for place, follower in found:
         original = follower.taken_out(restore)

@@ -23,6 +23,8 @@ class Policy:
         own_seed: initial values come from seed, site and slot; otherwise from torch's global random stream.
         peft_layers: layers that PEFT treats in a way of its own behave as there (the doubled update of an attention's
             output projection, dropout that is ignored in weight space, one full copy of a module at a time).
+        starts_over: a model that is wrapped already may be wrapped again, and an adapter's name taken again: the older
+            one is replaced, with a warning.
         prefix_patterns: a pattern key may be a whole dotted prefix of a path.
         lenient_combining: combining adapters into a name that exists changes nothing, and one adapter alone is only
             scaled, whatever rank is asked for.
@@ -38,6 +40,7 @@ class Policy:
     compute: str
     own_seed: bool
     peft_layers: bool
+    starts_over: bool
     prefix_patterns: bool
     lenient_combining: bool
 
@@ -53,6 +56,7 @@ INLAY = Policy(
     compute="base",
     own_seed=True,
     peft_layers=False,
+    starts_over=False,
     prefix_patterns=True,
     lenient_combining=False,
 )
@@ -67,6 +71,7 @@ PEFT = Policy(
     compute="adapter",
     own_seed=False,
     peft_layers=True,
+    starts_over=True,
     prefix_patterns=False,
     lenient_combining=True,
 )

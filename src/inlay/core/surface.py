@@ -192,8 +192,14 @@ class LayerSurface(EntryHolder):
             adapter_names: name or names.
             inference_mode: leave gradients alone (under PEFT's policy nothing trains then). Otherwise the activated
                 ones train here and the others do not.
+
+        Raises:
+            UnknownAdapterError: the model has no such adapter. PEFT's policy lets that pass.
         """
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        if not self.state.policy.peft_layers:
+            for name in names:
+                self.state.record(name)
         self.override(active=names)
         if not inference_mode or self.state.policy.peft_layers:
             self.set_requires_grad([name for name in self.entries if inference_mode or name not in names], False)

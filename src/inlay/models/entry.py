@@ -13,6 +13,7 @@ from inlay.core.policy import INLAY, Policy
 from inlay.core.state import State, find_state
 from inlay.errors import ConfigTypeError, StateError, UnknownMethodError
 from inlay.models import operate
+from inlay.models.again import replaced
 from inlay.models.mixed import PeftMixedModel
 from inlay.models.peft_model import PeftModel
 from inlay.models.tasks import wrapper_class
@@ -123,13 +124,14 @@ def inject_bare(
     operate.refuse_prompts(config)
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     own = tuner_class(config.peft_type)
-    if own.injects(config):
-        tuner = own.within(root, find_state(root) or State(policy=policy))
-        state = tuner._put_in(config, name, autocast=autocast, low_memory=low_memory, state_dict=state_dict)
-    else:
-        state = operate.add(
-            root, config, name, policy=policy, autocast=autocast, low_memory=low_memory, state_dict=state_dict
-        )
+    with replaced(root, name, policy):
+        if own.injects(config):
+            tuner = own.within(root, find_state(root) or State(policy=policy))
+            state = tuner._put_in(config, name, autocast=autocast, low_memory=low_memory, state_dict=state_dict)
+        else:
+            state = operate.add(
+                root, config, name, policy=policy, autocast=autocast, low_memory=low_memory, state_dict=state_dict
+            )
     operate.activate(state, name)
     return model
 

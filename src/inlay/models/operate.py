@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from inlay.core.active import set_active, set_trainable
-from inlay.core.eject import delete, eject
+from inlay.core.active import set_active, set_trainable, switched_back
+from inlay.core.eject import delete, eject, refuse_shells
 from inlay.core.inject import inject
 from inlay.core.merge import merge, unmerge
 from inlay.core.plan import Plan, plan
@@ -234,14 +234,11 @@ def take_out(
     if merged and state.records:
         if isinstance(names, str):
             raise ConfigTypeError(f"adapter_names: expected a list of names, found the string {names!r}")
-        before = state.active
-        if names is not None:  # the others are dropped, and the right full copies stay
-            set_active(state, names)
-        try:
+        refuse_shells(root)  # a merge without copies cannot be taken back
+        with switched_back(state):
+            if names is not None:  # the others are dropped, and the right full copies stay
+                set_active(state, names)
             merge_into(state, names, keep="none", progressbar=progressbar)
-        except BaseException:
-            set_active(state, before)
-            raise
         state.enabled = True
     elif not merged:
         unmerge(state)

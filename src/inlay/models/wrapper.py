@@ -13,6 +13,7 @@ from inlay.core.call import call_of, opened
 from inlay.core.policy import Policy
 from inlay.core.state import State
 from inlay.errors import StateError, UnsupportedError
+from inlay.models.again import replaced, unwrapped
 from inlay.models.backprop import is_checkpointing, let_gradients_in
 from inlay.models.calls import batch_size, checked_names, rows_per_prompt
 from inlay.models.tuner import AdapterModel
@@ -41,17 +42,15 @@ class Wrapper(nn.Module):
         return self
 
     def _hold(self, model: nn.Module, policy: Policy, tuner: type[AdapterModel]) -> None:
-        if isinstance(model, (Wrapper, AdapterModel)):
-            raise StateError(
-                f"the model is a {type(model).__name__} already: use its add_adapter, or get_base_model() to start over"
-            )
+        model = unwrapped(model, isinstance(model, (Wrapper, AdapterModel)), policy)
         nn.Module.__init__(self)
         self.base_model = tuner.around(model, policy)
         self.training = model.training
 
     def _first(self, config: Any, name: str, autocast: bool, low_memory: bool) -> None:
         """Add the adapter that the wrapper was made for."""
-        self.base_model.add(config, name, autocast=autocast, low_memory=low_memory)
+        with replaced(self.get_base_model(), name, self.state.policy):
+            self.base_model.add(config, name, autocast=autocast, low_memory=low_memory)
         self.prepare_model_for_gradient_checkpointing(self.get_base_model(), only_if_on=True)
 
     # -- forwarding -----------------------------------------------------------------------------------------------
