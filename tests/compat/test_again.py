@@ -14,7 +14,6 @@ import inlay
 import inlay.compat.peft as own
 from inlay.errors import AdapterNameError, StateError
 
-
 WORDS = "already|second time|multiple"  # each side says it in its own words
 
 
