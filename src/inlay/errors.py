@@ -8,6 +8,7 @@
     │   ├── UnknownFieldError (TypeError)   a field that does not exist
     │   └── UnknownMethodError (KeyError)   a peft_type that no available method has
     ├── TargetError (ValueError)            a pattern, module or parameter that is not there
+    │   ├── ContainerError (TypeError)      a list of modules, which has no forward pass
     │   └── NoTargetError                   nothing at all was matched
     ├── AdapterNameError (ValueError)       an unsafe, duplicate or unknown adapter name
     │   └── UnknownAdapterError (KeyError)
@@ -47,6 +48,7 @@ __all__ = [
     "CombinationError",
     "ConfigError",
     "ConfigTypeError",
+    "ContainerError",
     "ConversionError",
     "InlayError",
     "InlayWarning",
@@ -92,6 +94,10 @@ class UnknownMethodError(ConfigError, KeyError):
 
 class TargetError(InlayError, ValueError):
     """A pattern, module or parameter was asked for and is not in the model."""
+
+
+class ContainerError(TargetError, TypeError):
+    """A list or dict of modules where a module with a forward pass is needed."""
 
 
 class NoTargetError(TargetError):

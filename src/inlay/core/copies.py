@@ -12,7 +12,7 @@ from inlay.core.mount import ModuleCopies
 from inlay.core.patterns import matcher
 from inlay.core.targets import Place
 from inlay.core.tied import tied_groups, warn_untied
-from inlay.errors import TargetError
+from inlay.errors import ContainerError, TargetError
 
 if TYPE_CHECKING:
     from inlay.core.plan import Plan
@@ -32,7 +32,8 @@ def plan_copies(made: Plan, everything: list[Place]) -> None:
     """Find the modules that modules_to_save means.
 
     Raises:
-        TargetError: one of them is a bare container, or holds layers that an earlier adapter adapts.
+        ContainerError: one of them is a bare container.
+        TargetError: one of them holds layers that an earlier adapter adapts.
     """
     from inlay.core.choose import unmatched
 
@@ -58,7 +59,7 @@ def plan_copies(made: Plan, everything: list[Place]) -> None:
             hit.add(pattern)
             continue
         if isinstance(place.module, _CONTAINERS):
-            raise TargetError(
+            raise ContainerError(
                 f"modules_to_save: {place.path!r} is a {type(place.module).__name__}, which has no forward that a copy "
                 "could stand in for; name the modules inside it"
             )

@@ -52,14 +52,15 @@ def matcher(patterns: Any) -> Callable[[str], str | None]:
 def layer_index(path: str, layers_pattern: Any) -> int | None:
     """Return the number of the block that a path lies in.
 
-    Without ``layers_pattern`` it is the first numbered segment of the path; with it, the number behind that name.
+    Without ``layers_pattern`` it is the first numbered segment of the path; with it, the number behind that name, the
+    first one where blocks are nested.
     """
     segments = path.split(".")
     if not layers_pattern:
         return next((int(s) for s in segments[1:] if s.isdigit()), None)
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern)
     for pattern in patterns:
-        found = re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", path)
+        found = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", path)
         if found:
             return int(found[1])
     return None

@@ -22,6 +22,7 @@ from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
 from inlay.core.policy import INLAY, Policy
+from inlay.core.readers import fused_reader
 from inlay.core.registry import method_class
 from inlay.core.replicate import Replication, installed, replication_of
 from inlay.core.retarget import retargeted
@@ -287,4 +288,7 @@ def _unreadable(made: Plan, place: Place) -> str | None:
         if isinstance(parent, nn.MultiheadAttention) and made.policy.strict_targets:
             owner = place.path.rpartition(".")[0]
             return f"nn.MultiheadAttention reads this layer's weight and never calls it; target {owner!r} instead"
+    family = model_type(made.model)
+    if fused_reader(family, place.path):
+        return f"the fused kernels of {family} models read this layer's weight and never call it; leave it out"
     return None

@@ -14,7 +14,13 @@ from torch import nn
 
 from inlay.core.follow import follower_of
 
-__all__ = ["restore_readers", "silence_readers"]
+__all__ = ["fused_reader", "restore_readers", "silence_readers"]
+
+# Model families whose mixers hand these layers' weights to one fused kernel, where it is installed; there is no switch.
+_FUSED = {
+    family: frozenset({"conv1d", "out_proj"})
+    for family in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+}
 
 # class -> (attribute, value that makes it call its layers)
 _SWITCHES: dict[type[nn.Module], tuple[str, Any]] = {
@@ -34,6 +40,11 @@ def _readers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 def _adapted(module: nn.Module) -> bool:
     followers = map(follower_of, module.modules())
     return any(follower is not None and follower.adapters_here() for follower in followers)
+
+
+def fused_reader(family: str | None, path: str) -> bool:
+    """Whether a model family reads the weight of the layer at a path instead of calling the layer."""
+    return path.rpartition(".")[2] in _FUSED.get(family or "", ())
 
 
 def silence_readers(model: nn.Module) -> Callable[[], None]:

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from inlay.core.policy import default_policy
+from inlay.errors import MergeError
+from inlay.models import operate
 from inlay.models.peft_model import PeftModel
 from inlay.models.tuner import AdapterModel
 
@@ -53,5 +55,7 @@ class PeftMixedModel(PeftModel):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             self.state.record(name)
+            if name in operate.merged_names(self.state):
+                raise MergeError(f"adapter {name!r} is merged; unmerge it before deleting it")
         for name in names:
             super().delete_adapter(name)

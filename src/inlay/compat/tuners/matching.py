@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from inlay.core.patterns import layer_index, matcher
+from inlay.core.readers import fused_reader
 from inlay.core.targets import ALL_LINEAR, linear_paths, places, shortened
 from inlay.errors import ConfigError, UnsupportedError
 
@@ -23,8 +24,6 @@ __all__ = [
 ]
 
 # families whose fused kernels read the weights of these layers and never call them
-_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-_MAMBA_READ = frozenset({"conv1d", "out_proj"})
 _LOW_RANK = frozenset({"ADALORA", "LORA", "RANDLORA", "XLORA"})
 
 
@@ -113,7 +112,7 @@ def _check_lora_target_modules_mamba(peft_config: Any, model: nn.Module, target_
     """
     method = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
     family = getattr(getattr(model, "config", None), "model_type", None)
-    if method in _LOW_RANK and family in _MAMBA and target_name in _MAMBA_READ:
+    if method in _LOW_RANK and fused_reader(family, target_name):
         raise UnsupportedError(
             f"target_modules: {target_name!r} of a {family} model is read by its fused kernel and never called, so an "
             f"adapter of {method} would be skipped; leave it out"

@@ -1,4 +1,4 @@
-"""Running a cell twice: wrapping what is wrapped, and taking an adapter's name again. Both sides."""
+"""Corners where code counts on what PEFT does: a cell run twice, nested blocks, refusals. Both sides."""
 
 from __future__ import annotations
 
@@ -78,3 +78,66 @@ def test_inlay_itself_refuses_both():
         inlay.get_peft_model(model, config(inlay))
     with pytest.raises(StateError, match="PeftModel already"):
         inlay.get_peft_model(first, config(inlay), "other")
+
+
+class Nested(nn.Module):
+    """Blocks inside blocks, both called ``layers``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = [nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 4)})]) for _ in range(2)]
+        outer = nn.ModuleList([nn.ModuleDict({"layers": blocks}) for blocks in inner])
+        self.model = nn.ModuleDict({"layers": outer})
+        self.head = nn.Linear(4, 4)
+
+
+def test_the_outer_number_counts_in_nested_blocks():
+    found = []
+    for side in (peft, own):
+        fields = {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": ["layers"]}
+        model = side.get_peft_model(Nested(), config(side, **fields))
+        found.append(sorted(name for name, _ in model.named_parameters() if "lora_A" in name))
+    assert found[0] == found[1] == ["base_model.model.model.layers.1.layers.0.up.lora_A.default.weight"]
+
+
+class Mixer(nn.Module):
+    """Looks like a model of the Mamba family."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"model_type": "mamba"}
+        self.in_proj, self.out_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config"])
+def test_layers_that_fused_kernels_read_are_refused(method):
+    class Config(dict):
+        model_type = "mamba"
+
+    for side in (peft, own, inlay):
+        model = Mixer()
+        model.config = Config(model_type="mamba")
+        fields = {"target_modules": ["out_proj"]} | ({"feedforward_modules": []} if method == "IA3Config" else {})
+        if side is peft and method == "IA3Config":
+            side.get_peft_model(model, getattr(side, method)(**fields))  # goes in, and does nothing on a GPU
+            continue
+        with pytest.raises(ValueError, match="out_proj"):
+            side.get_peft_model(model, getattr(side, method)(**fields))
+
+
+@pytest.mark.parametrize("side", [peft, own], ids=["peft", "inlay"])
+def test_lists_of_modules_cannot_be_saved_in_full(side):
+    model = Nested()
+    with pytest.raises(TypeError, match="ModuleList"):
+        side.get_peft_model(model, config(side, target_modules=["head"], modules_to_save=["layers"]))
+
+
+@pytest.mark.parametrize("side", [peft, own], ids=["peft", "inlay"])
+def test_deleting_several_of_which_one_is_merged_deletes_none(side):
+    model = side.get_peft_model(base(), config(side), "a", mixed=True)
+    model.add_adapter("b", config(side))
+    model.set_adapter(["b"])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="b"):
+        model.delete_adapter(["a", "b"])
+    assert set(model.peft_config) == {"a", "b"}
