@@ -113,8 +113,68 @@ def tokens(library: str) -> tuple[Any, Any]:
     head.weight = table.weight
     wrapper = get(library, "utils.other.TrainableTokensWrapper")
     first = wrapper(table, "default", token_indices=[1, 4])
-    tied = first.token_adapter if library == PEFT else first
-    return first, wrapper(head, "default", token_indices=[1, 4], tied_adapter=tied)
+    return first, wrapper(head, "default", token_indices=[1, 4], tied_adapter=first.token_adapter)
+
+
+def test_token_rows_read_as_a_layer() -> None:
+    """``layer.token_adapter`` of the layer with the rows, and of a head that shares them."""
+    made = [tokens(library) for library in LIBRARIES]
+    for wrappers in made:
+        for wrapper in wrappers:
+            wrapper.update(
+                "other", token_indices=[2], tied_adapter=getattr(wrapper.token_adapter, "tied_adapter", None)
+            )
+            wrapper.token_adapter.set_adapter(["other"])
+        wrappers[0].token_adapter.trainable_tokens_delta.other.data.fill_(2.0)
+    for theirs, ours in zip(*([wrapper.token_adapter for wrapper in wrappers] for wrappers in made), strict=True):
+        assert isinstance(ours, nn.Module)
+        for name in ("default", "other"):
+            for held in ("trainable_tokens_delta", "trainable_tokens_original"):
+                mine, other = getattr(ours, held), getattr(theirs, held)
+                assert sorted(mine.keys()) == sorted(other.keys())
+                assert torch.equal(mine[name], other[name])
+                assert getattr(mine, name).shape == getattr(other, name).shape
+            assert ours.token_indices[name] == theirs.token_indices[name]
+        assert "absent" not in ours.token_indices
+        assert ours.active_adapter == theirs.active_adapter == ["other"]
+        assert ours.active_adapters == theirs.active_adapters
+        assert type(ours.base_layer) is type(theirs.base_layer)
+        assert ours.get_base_layer() is ours.base_layer
+        assert torch.equal(ours.get_merged_weights(["other"]), theirs.get_merged_weights(["other"]))
+    for table, head in made:
+        assert table.token_adapter is table.token_adapter
+        assert table.token_adapter.tied_adapter is None
+        assert head.token_adapter.tied_adapter is table.token_adapter
+        assert head.token_adapter.trainable_tokens_delta is table.token_adapter.trainable_tokens_delta
+    for theirs, ours in zip(
+        *([table.token_adapter, copy.deepcopy(table).token_adapter] for table, _ in made), strict=True
+    ):
+        before = ours.base_layer.weight.clone()
+        for layer in (theirs, ours):
+            assert not layer.merged
+            layer.merge(safe_merge=True)
+            assert layer.merged
+            assert layer.merged_adapters == ["other"]
+        assert torch.equal(ours.base_layer.weight, theirs.base_layer.weight)
+        assert not torch.equal(ours.base_layer.weight, before)
+        assert torch.equal(ours.trainable_tokens_original["other"], theirs.trainable_tokens_original["other"])
+        for layer in (theirs, ours):
+            layer.unmerge()
+            assert not layer.merged
+        assert torch.equal(ours.base_layer.weight, before)
+        for layer in (theirs, ours):
+            layer.delete_adapter("other")
+            assert "other" not in layer.trainable_tokens_delta
+            assert "other" not in layer.trainable_tokens_original
+            assert "other" not in layer.token_indices
+
+
+def test_no_token_adapter_without_token_rows() -> None:
+    for library in LIBRARIES:
+        layer = get(library, "tuners.lora.layer.Linear")(
+            nn.Linear(3, 2), "default", config=get(library, "LoraConfig")(), r=2
+        )
+        assert not hasattr(layer, "token_adapter")
 
 
 def test_token_rows_constructed() -> None:

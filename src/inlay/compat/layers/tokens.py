@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from inlay.compat.layers.constructed import attach
+from inlay.compat.layers.others import BufferDict
 from inlay.compat.layers.viewing import LayerView
 from inlay.core.kind import kind_of
 from inlay.core.layer import AdaptedLayer
@@ -15,7 +16,7 @@ from inlay.core.registry import method_class
 from inlay.core.state import State
 from inlay.errors import ConfigTypeError, TargetError, UnsupportedError
 
-__all__ = ["TokenMembers", "TrainableTokensWrapper", "refuse_container", "token_entries"]
+__all__ = ["TokenAdapter", "TokenMembers", "TrainableTokensWrapper", "refuse_container", "token_entries"]
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -38,6 +39,81 @@ def refuse_container(owner: str, module: nn.Module) -> None:
         raise ConfigTypeError(f"{owner} cannot be applied to a {type(module).__name__}")
 
 
+class TokenAdapter(nn.Module):
+    """The token rows of a layer, read and changed as PEFT's layer of their own that holds them.
+
+    The engine keeps the rows at the adapted layer. This has the same tensors below it, and what it does not have itself
+    is asked of that layer: ``token_indices``, ``base_layer``, ``merge``, ``set_adapter``. ``merge`` and ``unmerge``
+    write everything that an adapter has at the layer.
+
+    Args:
+        layer: the adapted layer.
+        held: the modules that hold the rows by name, of this layer or of the one that it shares them with.
+    """
+
+    def __init__(self, layer: AdaptedLayer, held: dict[str, nn.Module | None]) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # no submodule: the layer is above
+        self.__dict__["_modules"] = held  # the very dict, so that rows of further adapters appear
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "layer" not in self.__dict__:
+                raise
+        return getattr(self.__dict__["layer"], name)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters that have rows here."""
+        return [name for name in self.layer.active_adapters if token_entries(self.layer, name)]
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same as ``active_adapters``."""
+        return self.active_adapters
+
+    @property
+    def trainable_tokens_original(self) -> BufferDict:
+        """Rows of the base layer that adapters replace, (tokens, features), by adapter name."""
+        site = self.layer.site
+        table = self.layer.kind.from_matrix(site, self.layer.base_affine().weight).detach()
+        return BufferDict({entry.name: table[entry.options["token_indices"]] for entry in token_entries(self.layer)})
+
+    @property
+    def tied_adapter(self) -> Any:
+        """The rows of the layer that this one shares them with, or None."""
+        home = next((entry.home for entry in token_entries(self.layer) if entry.home is not None), None)
+        return None if home is None else _token_adapter(home)
+
+    def get_merged_weights(self, active_adapters: list[str]) -> Tensor:
+        """Return the table, (tokens, features), with the rows of some adapters in it."""
+        chain = tuple(entry for name in active_adapters for entry in token_entries(self.layer, name))
+        weight: Tensor = self.layer.kind.from_matrix(self.layer.site, self.layer.fold(chain).weight)
+        return weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer."""
+        return self.layer(*args, **kwargs)
+
+
+def _token_adapter(layer: AdaptedLayer) -> TokenAdapter:
+    """Return the token rows of a layer, one object as long as the layer keeps its rows.
+
+    Raises:
+        AttributeError: it has none beside another method.
+    """
+    homes = [layer if entry.home is None else entry.home for entry in token_entries(layer)]
+    holder = homes[0]._modules.get("token_adapter") if homes else None
+    if holder is None:
+        raise AttributeError(f"{layer.site.name!r} has no token rows beside another method")
+    found = layer.__dict__.get("_token_adapter")
+    if found is None or found._modules is not holder._modules:
+        found = layer.__dict__["_token_adapter"] = TokenAdapter(layer, holder._modules)
+    return found
+
+
 class TokenMembers:
     """What a layer with token rows beside another method is asked for as a wrapper of its layer."""
 
@@ -46,11 +122,18 @@ class TokenMembers:
         if token_entries(self, active_adapter):
             return
         tied = kwargs.get("tied_adapter")
+        if isinstance(tied, TokenAdapter):
+            tied = tied.layer
         tokens: Any = method_class("TRAINABLE_TOKENS")
         held = token_entries(tied, active_adapter)
         indices = held[0].options["token_indices"] if held else list(kwargs["token_indices"])
         method = tokens(tokens.config_class(token_indices=indices), under="token_adapter.")
         attach(self, active_adapter, method, tied=tied, beside=True)
+
+    @property
+    def token_adapter(self: Any) -> TokenAdapter:
+        """The token rows, as a layer."""
+        return _token_adapter(self)
 
     @property
     def original_module(self: Any) -> nn.Module:
@@ -124,3 +207,7 @@ class TrainableTokensWrapper(TokenMembers, AdaptedLayer, metaclass=LayerView):
         super().__init__(module_to_save, kind, kind.site("", module_to_save), State(policy=PEFT))
         module_to_save.requires_grad_(False)
         self.update(adapter_name, token_indices=token_indices, tied_adapter=tied_adapter)
+
+
+# A layer that holds the rows itself has a bare module of this name, which `attribute_sources` are not asked for.
+AdaptedLayer.token_adapter = property(_token_adapter)  # type: ignore[attr-defined]

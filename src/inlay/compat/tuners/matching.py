@@ -23,7 +23,7 @@ __all__ = [
     "inspect_matched_modules",
 ]
 
-# families whose fused kernels read the weights of these layers and never call them
+# the methods that PEFT keeps away from layers that fused kernels read
 _LOW_RANK = frozenset({"ADALORA", "LORA", "RANDLORA", "XLORA"})
 
 
