@@ -38,8 +38,9 @@ test: setup
 test-all: setup
 	INLAY_ALL_CELLS=1 $(PYTEST) -n $(JOBS) --dist loadfile
 
-# transformers, TRL, diffusers, sentence-transformers and accelerate on Inlay, where peft is not installed.
-test-integrations: $(VENV)-integrations/.ready
+# transformers, TRL, diffusers, sentence-transformers and accelerate on Inlay, where peft is not installed. The ordinary
+# environment, which has peft, answers where a test needs to know what peft does.
+test-integrations: setup $(VENV)-integrations/.ready
 	$(ENVIRONMENT) $(VENV)-integrations/bin/python -m pytest tests/integrations -n $(JOBS) --dist loadfile
 
 # PEFT's own tests against Inlay; writes docs/compatibility-suite.md and fails below 95 per cent. About half an hour.

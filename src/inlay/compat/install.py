@@ -28,7 +28,7 @@ _DECIDED = {
     "transformers.trainer_utils": "PeftModel",
     "diffusers.utils.import_utils": "_peft_available",
 }
-_DECIDED_BELOW = {"trl": "PeftModel"}
+_DECIDED_BELOW = ("trl.trainer.", "trl.experimental.")  # there it is `PeftModel`, or another class beside it
 _FILES = {
     "METADATA": "Metadata-Version: 2.1\nName: peft\nVersion: {version}\nSummary: Inlay, standing in for peft\n",
     "top_level.txt": "peft\n",
@@ -124,6 +124,7 @@ def stand_in(version: str) -> None:
 
 
 def _enter(own: ModuleType, version: str) -> None:
+    pickled = list(_pickled())  # imports every method, so whatever is broken shows before anything is changed
     if _alias not in sys.meta_path:
         sys.meta_path.insert(0, _alias)
     sys.modules["peft"] = own
@@ -132,7 +133,7 @@ def _enter(own: ModuleType, version: str) -> None:
             sys.modules["peft" + name[len(namespace.ROOT) :]] = sys.modules[name]
     own.__dict__["__version__"] = version
     set_default_policy(PEFT)
-    _name_as_peft()
+    _name_as_peft(pickled)
     _forget_answers()
 
 
@@ -153,7 +154,7 @@ def _decided() -> Iterator[str]:
     for name, module in list(sys.modules.items()):
         found = _DECIDED.get(name)
         if found is None and "is_peft_available" in getattr(module, "__dict__", {}):
-            found = _DECIDED_BELOW.get(name.partition(".")[0])
+            found = "PeftModel" if name.startswith(_DECIDED_BELOW) else None
         if found is not None and not getattr(module, "__dict__", {}).get(found):
             yield name
 
@@ -184,9 +185,9 @@ def _forget_answers() -> None:
                 clear()
 
 
-def _name_as_peft() -> None:
+def _name_as_peft(classes: Iterable[type[Any]]) -> None:
     """Let pickles of configurations, their parts and enums say where PEFT has them, so that either side reads them."""
-    for cls in list(_pickled()):
+    for cls in classes:
         home = next(
             (
                 module
