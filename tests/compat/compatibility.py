@@ -277,8 +277,8 @@ def document(found: list[Row]) -> str:
         f"{len(found)} public names: {yes} are there, {later} belong to methods and options that are not built yet "
         f"(importable; using one raises `NotAvailableError`), {no} are not offered.",
         f"Of what is built, {have} of {total} names, attributes and signatures are there ({have / total:.1%}). An",
-        "attribute counts when it is found on the class, or on an object made by the same code on both sides. This page",
-        "says that they are there; what they do is compared by the tests beside PEFT and by PEFT's own suite.",
+        "attribute counts when it is found on the class, or on an object made by the same code on both sides. The",
+        "page says that they are there; what they do is compared by the tests beside PEFT and by PEFT's own suite.",
         "",
     ]
     for module in sorted({row.home for row in found}):
