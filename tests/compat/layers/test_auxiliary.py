@@ -10,6 +10,7 @@ import pytest
 import torch
 from layer_twins import OURS, PEFT, get, twins
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 LIBRARIES = [PEFT, OURS]
 
@@ -167,6 +168,22 @@ def test_token_rows_read_as_a_layer() -> None:
             assert "other" not in layer.trainable_tokens_delta
             assert "other" not in layer.trainable_tokens_original
             assert "other" not in layer.token_indices
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_token_rows_of_their_own_that_two_layers_share(library: str) -> None:
+    """The head that is tied to an adapted table shows the rows of the table."""
+    sizes = {"vocab_size": 6, "hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, tie_word_embeddings=True))
+    before = model.lm_head.weight.detach().clone()
+    config = get(library, "TrainableTokensConfig")(target_modules=["embed_tokens"], token_indices=[1, 4])
+    model = get(library, "get_peft_model")(model, config).base_model.model
+    table, head = model.model.embed_tokens, model.lm_head
+    assert head.trainable_tokens_delta["default"] is table.trainable_tokens_delta["default"]
+    for layer in (table, head):
+        layer.trainable_tokens_delta.default.data.fill_(2.0)
+        assert torch.equal(layer.trainable_tokens_original.default, before[[1, 4]])
+        assert set(layer.trainable_tokens_original) == {"default"}
 
 
 def test_no_token_adapter_without_token_rows() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from inlay.core.entry import AdapterTensors
 from inlay.core.inner import Inner
 from inlay.methods.oft import nearest_divisor
 
-__all__ = ["FURTHER", "MEMBERS", "BufferDict"]
+__all__ = ["FURTHER", "MEMBERS", "BufferDict", "replaced_rows"]
 
 
 class BufferDict(AdapterTensors):
@@ -149,6 +150,12 @@ class VeraMembers:
         refill(self, adapter_name, init_weights=True, d_initial=d_initial)
 
 
+def replaced_rows(layer: Any, entries: Iterable[Any]) -> BufferDict:
+    """Return the rows of the base layer, (tokens, features), that entries of a layer replace, by adapter name."""
+    table = layer.kind.from_matrix(layer.site, layer.base_affine().weight).detach()
+    return BufferDict({entry.name: table[entry.options["token_indices"]] for entry in entries})
+
+
 class TokensMembers:
     """Of trainable tokens as a method of its own."""
 
@@ -160,10 +167,15 @@ class TokensMembers:
         return next((entry.home for entry in self._each() if entry.home is not None), None)
 
     @Derived
-    def trainable_tokens_original(self: Any) -> dict[str, Tensor]:
+    def trainable_tokens_delta(self: Any) -> Any:
+        """Trained rows by adapter name, of the layer that this one shares them with, if it does."""
+        tied = self.tied_adapter
+        return nn.ParameterDict() if tied is None else tied.trainable_tokens_delta
+
+    @Derived
+    def trainable_tokens_original(self: Any) -> BufferDict:
         """Rows of the base layer that adapters replace, by adapter name."""
-        table = self.kind.from_matrix(self.site, self.base_affine().weight).detach()
-        return {name: table[indices] for name, indices in _numbers(self, "token_indices").items()}
+        return replaced_rows(self, (entry for entry in self._each() if "token_indices" in entry.options))
 
     def get_merged_weights(self: Any, active_adapters: list[str]) -> Tensor:
         """Return the table with the rows of some adapters in it."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from inlay.compat.layers.constructed import attach
-from inlay.compat.layers.others import BufferDict
+from inlay.compat.layers.others import BufferDict, replaced_rows
 from inlay.compat.layers.viewing import LayerView
 from inlay.core.kind import kind_of
 from inlay.core.layer import AdaptedLayer
@@ -77,9 +77,7 @@ class TokenAdapter(nn.Module):
     @property
     def trainable_tokens_original(self) -> BufferDict:
         """Rows of the base layer that adapters replace, (tokens, features), by adapter name."""
-        site = self.layer.site
-        table = self.layer.kind.from_matrix(site, self.layer.base_affine().weight).detach()
-        return BufferDict({entry.name: table[entry.options["token_indices"]] for entry in token_entries(self.layer)})
+        return replaced_rows(self.layer, token_entries(self.layer))
 
     @property
     def tied_adapter(self) -> Any:
