@@ -53,9 +53,11 @@ def test_a_file_that_is_in_no_place(hub_cache, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["./out", "/no/such/folder", "a/b/c", "../x", "~/x"])
-def test_what_can_only_be_a_folder_is_not_asked_of_the_hub(place, monkeypatch):
+def test_what_can_only_be_a_folder_is_not_asked_of_the_hub(place, monkeypatch, tmp_path):
     import huggingface_hub
 
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(CheckpointMissingError, match="does not exist") as caught:
         resolve_file(place, CONFIG_NAME)
