@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from gain import REGISTER, SOURCE
-from worlds import BOTH, OURS, THEIRS, Net, add_method, fill, inputs, run, train
+from worlds import BOTH, OURS, THEIRS, Net, add_method, drop_methods, fill, inputs, run, train
 
 import inlay
 from inlay.errors import InlayError
@@ -21,7 +21,9 @@ def worlds():
     for root in BOTH:
         add_method(root, "GAIN")
         made[root] = run(SOURCE + REGISTER, root)
-    return made
+    yield made
+    for root in BOTH:
+        drop_methods(root, "GAIN", "GAINOTHER")
 
 
 def both(worlds, use):

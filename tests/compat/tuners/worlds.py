@@ -10,6 +10,8 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import nn
 
+from inlay.core import registry
+
 THEIRS, OURS = "peft", "inlay.compat.peft"
 BOTH = (THEIRS, OURS)
 
@@ -36,6 +38,22 @@ def add_method(root: str, name: str) -> None:
     enum._member_map_[name] = member
     enum._member_names_.append(name)
     enum._value2member_map_[name] = member
+
+
+def drop_methods(root: str, *names: str) -> None:
+    """Undo :func:`add_method` and what was registered under the names: other tests compare the registries."""
+    enum = importlib.import_module(f"{root}.utils.peft_types").PeftType
+    mapping = importlib.import_module(f"{root}.mapping")
+    for name in names:
+        for table in ("CONFIG", "TUNER", "MIXED_MODEL", "PREFIX"):
+            held = getattr(mapping, f"PEFT_TYPE_TO_{table}_MAPPING")
+            if isinstance(held, dict):
+                held.pop(name, None)
+        if name in enum.__members__:
+            del enum._member_map_[name], enum._value2member_map_[name]
+            enum._member_names_.remove(name)
+        for registered in (registry._methods, registry._tuners):
+            registered.pop(name, None)
 
 
 class Net(nn.Module):
