@@ -107,11 +107,14 @@ def nothing_matched(made: Plan, everything: list[Place]) -> str:
     names = [targets] if isinstance(targets, str) else sorted(targets or [])
     if not names and made.unmatched:  # only target_parameters were asked for, or token rows
         return f"{type(made.model).__name__}: nothing to adapt; {'; '.join(_unmatched_lines(made))}"
-    known = {place.path.rpartition(".")[2] for place in everything if kind_of(place.base) is not None}
+    paths = [place.path for place in everything if kind_of(place.base) is not None]
+    known = {path.rpartition(".")[2] for path in paths}
+    # numbers alone say nothing: where there is nothing else, whole paths
+    shown = sorted(name for name in known if not name.isdigit()) or paths
     hint = did_you_mean(names[0], known) if names else ""
     return (
         f"target_modules={targets!r} matches nothing in {type(made.model).__name__} that is not excluded.{hint} "
-        f"Layers there are called: {', '.join(sorted(k for k in known if not k.isdigit())[:20])}"
+        f"Layers there are called: {', '.join(shown[:20])}"
     )
 
 
