@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
 from inlay.core.entry import find_tensor
 from inlay.core.state import State
-from inlay.errors import StateError
+from inlay.errors import StateError, TargetError, UnsupportedError
 
-__all__ = ["adapter_parameters", "set_active", "set_trainable", "switched_back"]
+__all__ = ["adapter_parameters", "set_active", "set_trainable", "switched_back", "the_one"]
 
 
 def _parameters(state: State, names: Iterable[str]) -> Iterator[tuple[nn.Parameter, bool]]:
@@ -86,3 +86,25 @@ def set_active(state: State, names: Iterable[str], trainable: bool | None = None
     if trainable is not None:
         set_trainable(state, [name for name in state.records if name not in wanted], False)
         set_trainable(state, wanted, trainable)
+
+
+def the_one(asked: str | list[str], there: Container[str], only: str) -> str | None:
+    """Return which of the adapters asked for is there, or None.
+
+    Args:
+        asked: a name, which is returned as it is, or names.
+        there: the adapters that there are.
+        only: place and sentence for the error.
+
+    Raises:
+        UnsupportedError: more than one is there.
+        TargetError: no adapter was named.
+    """
+    if isinstance(asked, str):
+        return asked
+    if not asked:
+        raise TargetError(f"{only}; name at least one adapter to activate")
+    found = [name for name in asked if name in there]
+    if len(found) > 1:
+        raise UnsupportedError(f"{only}, found {', '.join(map(repr, found))}")
+    return found[0] if found else None

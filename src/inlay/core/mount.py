@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from inlay.core.active import the_one
 from inlay.core.call import call_in_force, call_of
 from inlay.core.follow import Follower
 from inlay.core.hanging import forget_unused
 from inlay.core.route import split_rows
 from inlay.core.state import BASE, State
-from inlay.errors import RoutingError, TargetError, UnsupportedError
+from inlay.errors import RoutingError, UnsupportedError
 from inlay.parallel.hooks import copied
 
 __all__ = ["ModuleCopies"]
@@ -194,14 +195,7 @@ class ModuleCopies(Follower):
             UnsupportedError: more than one has.
             TargetError: no adapter was named.
         """
-        if isinstance(adapter_name, str):
-            return adapter_name
-        if not adapter_name:
-            raise TargetError(f"{self.path!r}: name at least one adapter to activate")
-        found = [name for name in adapter_name if name in self.modules_to_save._modules]
-        if len(found) > 1:
-            raise UnsupportedError(f"{self.path!r}: only one full copy can run, found {', '.join(map(repr, found))}")
-        return found[0] if found else None
+        return the_one(adapter_name, self.modules_to_save._modules, f"{self.path!r}: only one full copy can run")
 
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Let an adapter's copy run here, whatever is active elsewhere; it trains unless ``inference_mode``.

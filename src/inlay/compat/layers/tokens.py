@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from inlay.compat.layers.constructed import attach
 from inlay.compat.layers.others import BufferDict, replaced_rows
 from inlay.compat.layers.viewing import LayerView
+from inlay.core.active import the_one
 from inlay.core.kind import kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.policy import PEFT
 from inlay.core.registry import method_class
 from inlay.core.state import State
-from inlay.errors import ConfigTypeError, TargetError, UnsupportedError
+from inlay.errors import ConfigTypeError, TargetError
 
 __all__ = ["TokenAdapter", "TokenMembers", "TrainableTokensWrapper", "refuse_container", "token_entries"]
 
@@ -150,14 +151,7 @@ class TokenMembers:
             TargetError: no adapter was named.
             UnsupportedError: more than one has.
         """
-        if isinstance(adapter_name, str):
-            return adapter_name
-        if not adapter_name:
-            raise TargetError(f"{self.site.name!r}: name at least one adapter to activate")
-        found = [name for name in adapter_name if token_entries(self, name)]
-        if len(found) > 1:
-            raise UnsupportedError(f"{self.site.name!r}: only one adapter can replace rows, found {found}")
-        return found[0] if found else None
+        return the_one(adapter_name, self._adapters, f"{self.site.name!r}: only one adapter can replace rows")
 
     def adapter_state_dict_load_map(self: Any, adapter_name: str) -> dict[str, str]:
         """Return the name of an adapter's rows in a checkpoint, with the one that they have below this layer."""
