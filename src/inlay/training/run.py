@@ -77,6 +77,9 @@ def train(config: RunConfig, display: Display, resume: bool = False) -> Outcome:
     from inlay.training.reports import MetricsFile, Reporter, draw_losses, read_metrics
     from inlay.training.trainer import AdapterTrainer, checkpoints, training_arguments
 
+    import torch
+
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     examples = prepared.train.examples
     pace = Pace.of(config, len(examples), record["processes"])
     found = checkpoints(folder / output.CHECKPOINTS) if resume else []
@@ -138,6 +141,9 @@ def train(config: RunConfig, display: Display, resume: bool = False) -> Outcome:
 
         write_card(folder / output.CARD, config, prepared.task, outcome)
     trainer.accelerator.wait_for_everyone()
+    if alone and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # made by the trainer; its threads must end before the process does, or C++ aborts it
+        torch.distributed.destroy_process_group()
     return outcome
 
 
