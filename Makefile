@@ -65,7 +65,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks all --against peft
 
 clean:
 	rm -rf $(VENV) .venv-* dist build demo-output
