@@ -23,7 +23,7 @@ import torch.utils.checkpoint as torch_checkpoint
 if TYPE_CHECKING:
     from inlay.core.state import State
 
-__all__ = ["Call", "call_in_force", "call_of", "opened"]
+__all__ = ["Call", "call_in_force", "call_of", "may_be_checkpointed", "opened"]
 
 _CHECKPOINT_FILE = torch_checkpoint.__file__
 _MARK = "_inlay_calls"
@@ -103,14 +103,14 @@ def call_in_force(state: State, training: bool) -> Call | None:
     if torch._C._current_graph_task_id() != -1:
         return _recalled(state)
     call = call_of(state)
-    if call is not None or _may_be_checkpointed(training):
+    if call is not None or may_be_checkpointed(training):
         for holder, recomputing in _walk(sys._getframe(1)):
             if not recomputing:
                 _leave(holder, state, call)
     return call
 
 
-def _may_be_checkpointed(training: bool) -> bool:
+def may_be_checkpointed(training: bool) -> bool:
     """Whether it is worth looking for a checkpoint on the stack; cheap, and never wrongly False."""
     if not torch.is_grad_enabled():  # a reentrant checkpoint runs its block without gradients
         return training
