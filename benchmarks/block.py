@@ -97,24 +97,31 @@ def gradients(block: Block, model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def exact(block: Block, model: nn.Module, scale: float) -> dict[str, Tensor]:
-    """What ``gradients`` would be in fp64, by the definition of LoRA alone: the layer with the weights W + s B A.
+def exact(block: Block, model: nn.Module, scale: float, dora: bool = False) -> dict[str, Tensor]:
+    """What ``gradients`` would be in fp64, by the definition of LoRA alone: the layer with the weights V = W + s B A.
 
-    The gradients of the factors follow from that of the weight: dA = s B^T dW and dB = s dW A^T.
+    The gradients of the factors follow from that of the weight: dA = s B^T dV and dB = s dV A^T. With DoRA
+    (arXiv:2402.09353) the weight is m V / |V|, row by row, the norm a constant; m's gradient is the sum of dW V / |V|.
     """
     double = copy.deepcopy(block.base).double()
-    layer, factors = block.layer(double), {}
+    layer, parts = block.layer(double), {}
     values = {name: value.detach().double() for name, value in block.layer(model).named_parameters()}
     for path, module in layer.named_modules():
         if isinstance(module, nn.Linear):
             a, b = values[f"{path}.lora_A.default.weight"], values[f"{path}.lora_B.default.weight"]
-            factors[path] = (a, b)
-            module.weight = nn.Parameter(module.weight + scale * (b @ a))
+            adapted = module.weight + scale * (b @ a)
+            norm = adapted.norm(dim=1, keepdim=True) if dora else adapted.new_ones(len(adapted), 1)
+            m = values[f"{path}.lora_magnitude_vector.default.weight"].view(-1, 1) if dora else norm
+            parts[path] = (a, b, adapted, norm, m)
+            module.weight = nn.Parameter(m * adapted / norm)
     x = block.x.detach().double().requires_grad_()
     cosine, sine = block.position
     found = gradients(Block(double, x, (cosine.double(), sine.double())), double)
-    for path, (a, b) in factors.items():
+    for path, (a, b, adapted, norm, m) in parts.items():
         weight = found.pop(f"{path}.weight")
+        if dora:
+            found[f"{path}.lora_magnitude_vector.default.weight"] = (weight * adapted / norm).sum(1)
+        weight = weight * m / norm
         found[f"{path}.lora_A.default.weight"] = scale * (b.T @ weight)
         found[f"{path}.lora_B.default.weight"] = scale * (weight @ a.T)
     return found

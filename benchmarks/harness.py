@@ -86,7 +86,7 @@ class Target:
         return value >= bound if self.least else value <= bound
 
     def verdict(self, value: float | None) -> str:
-        """``goal``, ``gate`` or ``missed``; ``-`` where the figure was not measured, nothing where none is asked for."""
+        """``goal``, ``gate`` or ``missed``; ``-`` where the figure is not there, nothing where none is asked."""
         if self.gate is None and self.goal is None:
             return ""
         if value is None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +36,7 @@ def kept_for_backward(forward: Callable[[], Any], besides: Iterable[torch.Tensor
 
 
 def allocated_bytes(action: Callable[[], Any]) -> tuple[int, int]:
-    """``(peak, left)``: bytes that torch's CPU allocator gave out above the start, at most and when ``action`` returned.
+    """``(peak, left)``: bytes that torch's CPU allocator gave out above the start, at most and at the action's end.
 
     It sees every tensor, also those inside an operator and those that a hand-written autograd function keeps without
     saving them; not what numpy or a memory-mapped file holds. The result of ``action`` counts as left.
@@ -42,8 +45,14 @@ def allocated_bytes(action: Callable[[], Any]) -> tuple[int, int]:
     from torch.autograd.profiler_util import MEMORY_EVENT_NAME
 
     gc.collect()
-    with profile(profile_memory=True, use_cpu=True) as recorded:
+    recorded = profile(profile_memory=True, use_cpu=True)
+    with _silenced():
+        recorded.__enter__()
+    try:
         result = action()
+    finally:
+        with _silenced():
+            recorded.__exit__(None, None, None)
     del result
     results = recorded.kineto_results
     assert results is not None
@@ -53,3 +62,17 @@ def allocated_bytes(action: Callable[[], Any]) -> tuple[int, int]:
         now += change
         peak = max(peak, now)
     return peak, now
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Without what the profiler's C++ side writes on stderr at each start and stop."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

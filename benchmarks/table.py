@@ -25,10 +25,10 @@ def number(value: float, unit: str = "") -> str:
         return f"{value / 1e-6:.3g} us"
     if unit == "rel":
         return f"{value:.1e}"
-    digits = f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.2f}"
-    if abs(value) >= 10 and value != int(value) and abs(value) < 100:
-        digits = f"{value:.1f}"
-    return f"{digits}{'x' if unit == 'x' else ''}{' ' + unit if unit not in ('', 'x') else ''}"
+    if unit == "" and value == int(value):
+        return str(int(value))
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:.{digits}f}" + (unit if unit in ("", "x") else f" {unit}")
 
 
 def bound(target: Target, value: float | None, unit: str) -> str:
