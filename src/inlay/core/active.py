@@ -41,6 +41,9 @@ def set_trainable(state: State, names: Iterable[str], trainable: bool = True) ->
     names = list(names)
     for name in names:
         state.record(name)
+    if not names:
+        return
+    (state.training.update if trainable else state.training.difference_update)(names)
     for layer in state.layers():
         for name in names:
             layer.train_adapter(name, trainable)
@@ -53,13 +56,14 @@ def set_trainable(state: State, names: Iterable[str], trainable: bool = True) ->
 def switched_back(state: State) -> Iterator[None]:
     """If the block raises, let the model and each layer have the active adapters and switches that they had."""
     active, enabled = state.active, state.enabled
-    own = [(layer, layer.__dict__.get("_own_active"), layer.__dict__.get("_own_enabled")) for layer in state.layers()]
+    own = [(layer, layer.__dict__["_own_active"], layer.__dict__["_own_enabled"]) for layer in state.apart()]
     try:
         yield
     except BaseException:
         state.active, state.enabled = active, enabled
-        for layer, its_active, its_enabled in own:
+        for layer in state.apart():
             layer.follow()
+        for layer, its_active, its_enabled in own:
             layer.override(its_active, its_enabled)
         state.touch()
         raise
@@ -80,11 +84,11 @@ def set_active(state: State, names: Iterable[str], trainable: bool | None = None
         layer.check_active(wanted)
     with switched_back(state):
         state.active = wanted
-        for layer in state.layers():
+        for layer in state.apart():
             layer.follow()
     state.touch()
     if trainable is not None:
-        set_trainable(state, [name for name in state.records if name not in wanted], False)
+        set_trainable(state, state.training_beside(wanted), False)
         set_trainable(state, wanted, trainable)
 
 

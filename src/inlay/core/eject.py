@@ -29,19 +29,24 @@ def delete(model: nn.Module, state: State, name: str) -> None:
         MergeError: it is merged.
     """
     state.record(name)
-    for layer in state.layers():
+    layers = list(state.layers())
+    for layer in layers:
         if name in layer.merged_names:
             raise MergeError(f"adapter {name!r} is merged into {layer.site_path!r}; unmerge it before deleting it")
-    for layer in list(state.layers()):
+    for layer in layers:
         layer.drop_adapter(name)
-    _take_out_empty(model, state)
-    restore_readers(model)
+    if any(layer.is_bare for layer in layers):
+        _take_out_empty(model, state)
+        restore_readers(model)
     if len(state.records) == 1:
         _end_replication(model, state)
     record = state.records.pop(name)
-    drop_shared(state, record.shared, name)
-    register_shared(model, state)
-    _put_back(model, state, record.biases)
+    state.training.discard(name)
+    if record.shared:
+        drop_shared(state, record.shared, name)
+        register_shared(model, state)
+    if record.biases:
+        _put_back(model, state, record.biases)
     state.active = tuple(active for active in state.active if active != name)
     state.touch()
 
@@ -110,7 +115,9 @@ def eject(model: nn.Module, state: State, *, restore: bool = True) -> nn.Module:
     unregister_shared(model, state)
     state.shared._modules.clear()
     state.base_values.clear()
-    state._layers.clear()
+    for follower in [*state.layers()]:
+        state.leave(follower)
+    state.training.clear()
     state.touch()
     return model
 

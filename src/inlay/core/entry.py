@@ -77,6 +77,7 @@ class Entry:
         shared: the same for the tensors that all layers share, below ``state.shared``.
         home: the module that holds the containers: the layer itself, or another one for tied tensors.
         weights: roles of the slots that are parameters.
+        trained: those of ``places`` whose slots let them train.
         mesh: the device mesh that the base weight is spread over by tensor parallelism, if it is.
         skip_probability: chance of leaving the adapter out of one training forward (``module_dropout``).
         room: shape by role of tensors that have a larger rank than their slots, filled up with zeros, so that an
@@ -94,6 +95,7 @@ class Entry:
         "shared",
         "site",
         "skip_probability",
+        "trained",
         "weights",
     )
 
@@ -104,6 +106,7 @@ class Entry:
         self.options: dict[str, Any] = method.options(site)
         self.places = tuple((role, *slot.place) for role, slot in slots.items())
         self.weights = tuple(role for role, slot in slots.items() if not slot.buffer)
+        self.trained = tuple(place for place in self.places if slots[place[0]].trainable)
         self.shared: tuple[tuple[str, tuple[str, ...], str], ...] = ()
         self.home: nn.Module | None = None
         self.mesh: Any = None
@@ -120,11 +123,10 @@ class Entry:
     def parameters(self, layer: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
         """Iterate over the entry's own parameters at ``layer``, with whether its slots let them train."""
         home = self.home if self.home is not None else layer
-        slots = self.method.slots(self.site)
-        for role, containers, leaf in self.places:
-            tensor = find_tensor(home, self.name, containers, leaf)
+        for place in self.places:
+            tensor = find_tensor(home, self.name, *place[1:])
             if isinstance(tensor, nn.Parameter):
-                yield tensor, slots[role].trainable
+                yield tensor, place in self.trained
 
 
 def find_tensor(home: nn.Module, adapter: str, containers: tuple[str, ...], leaf: str) -> Tensor:

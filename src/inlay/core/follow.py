@@ -59,6 +59,11 @@ class Follower(nn.Module):
         return self.state.active if own is None else own
 
     @property
+    def is_apart(self) -> bool:
+        """Whether something here is not just what the state says."""
+        return self.__dict__["_own_active"] is not None or self.__dict__["_own_enabled"] is not None
+
+    @property
     def enabled(self) -> bool:
         """Whether adapters are on here."""
         own = self.__dict__["_own_enabled"]
@@ -75,6 +80,7 @@ class Follower(nn.Module):
             self.__dict__["_own_active"] = active
         if enabled is not None:
             self.__dict__["_own_enabled"] = enabled
+        self.state.set_apart(self)
         self.state.touch()
 
     # -- what each class says of itself ---------------------------------------------------------------------------
@@ -96,6 +102,11 @@ class Follower(nn.Module):
     def adapters_here(self) -> list[str]:
         """Return the adapters that have anything here, in the order of adding."""
         raise NotImplementedError
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether no adapter has anything here."""
+        return not self.adapters_here()
 
     def has(self, adapter: str) -> bool:
         """Whether an adapter has anything here."""
@@ -174,6 +185,7 @@ class Follower(nn.Module):
     def follow(self) -> None:
         """Follow the model's state again."""
         self.__dict__["_own_active"] = self.__dict__["_own_enabled"] = None
+        self.state.set_apart(self)
 
     @property
     def active_adapters(self) -> list[str]:

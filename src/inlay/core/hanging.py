@@ -49,6 +49,7 @@ def forget_unused(state: State, adapter: str) -> None:
     if adapter not in state.records or any(layer.has(adapter) for layer in state.layers()):
         return
     drop_shared(state, state.records.pop(adapter).shared, adapter)
+    state.training.discard(adapter)
     state.active = tuple(name for name in state.active if name != adapter)
     state.touch()
 

@@ -82,6 +82,8 @@ def inject(
         biased = tuple(above + name for name in biases)
         state.records[plan.adapter] = Record(plan.config, plan.method, seed, shared=dict(plan.shared), biases=biased)
         undo.append(lambda: state.records.pop(plan.adapter, None))
+        undo.append(lambda: state.training.discard(plan.adapter))
+        state.training.add(plan.adapter)
         if initialise and not low_memory:
             prepare(plan, state, undo)
         for name, p in biases.items():

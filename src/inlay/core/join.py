@@ -102,6 +102,7 @@ def _take_over(first: State, other: State, model: nn.Module) -> None:
     for layer in list(other.layers()):
         layer.change_state(first)
     first.records |= other.records
+    first.training |= other.training
     first.active += other.active
     first.base_grad |= other.base_grad
     first.base_values |= other.base_values

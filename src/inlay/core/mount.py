@@ -100,6 +100,13 @@ class ModuleCopies(Follower):
     def adapters_here(self) -> list[str]:
         return list(self.modules_to_save._modules)
 
+    @property
+    def is_bare(self) -> bool:
+        return not self.modules_to_save._modules
+
+    def has(self, adapter: str) -> bool:
+        return adapter in self.modules_to_save._modules
+
     def parameters_of(self, adapter: str) -> Iterator[tuple[nn.Parameter, bool]]:
         held = self.modules_to_save._modules.get(adapter)
         for parameter in () if held is None else held.parameters():
@@ -226,10 +233,9 @@ class ModuleCopies(Follower):
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Switch gradients of adapters' copies on or off."""
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
-            held = self.modules_to_save._modules.get(name)
-            for parameter in () if held is None else held.parameters():
-                if parameter.is_floating_point():
-                    parameter.requires_grad_(requires_grad)
+            self.train_adapter(name, requires_grad)
+            if requires_grad:
+                self.state.training.add(name)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: Iterable[str] | None = None) -> None:
         """Drop an adapter's copy here. If it ran, one of ``new_active_adapters`` runs next, or the original.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,8 @@ class State:
         base_values: base tensors that training or an initialiser may change, as they were (name -> tensor).
         base_grad: ``requires_grad`` of the base parameters before the first adapter came.
         replication: the list of blocks that ``layer_replication`` replaced, to be put back.
+        training: adapters whose gradients may be on; the others are not looked at when adapters are switched. Who
+            switches gradients on by hand, and not by adapter, is left alone.
     """
 
     policy: Policy = INLAY
@@ -77,13 +79,15 @@ class State:
     base_values: dict[str, Tensor] = field(default_factory=dict)
     base_grad: dict[str, bool] = field(default_factory=dict)
     replication: Replication | None = None
-    _layers: list[weakref.ref[Any]] = field(default_factory=list, repr=False)
+    training: set[str] = field(default_factory=set)
+    _layers: dict[int, weakref.ref[Any]] = field(default_factory=dict, repr=False)
+    _apart: dict[int, weakref.ref[Any]] = field(default_factory=dict, repr=False)
     _holder: weakref.ref[nn.Module] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         # Layers enter themselves when they are rebuilt, so a copy of a subtree splits off a state of its own.
         # So does the module that holds the shared tensors.
-        return {**self.__dict__, "_layers": [], "_holder": None}
+        return {**self.__dict__, "_layers": {}, "_apart": {}, "_holder": None}
 
     def touch(self) -> None:
         """Make every layer resolve its chain anew."""
@@ -105,18 +109,36 @@ class State:
 
     def enter(self, layer: Follower) -> None:
         """Add an adapted layer (layers do this themselves)."""
-        self._layers.append(weakref.ref(layer))
+        self._layers.pop(id(layer), None)  # of one that is gone, whose address this one has
+        self._layers[id(layer)] = weakref.ref(layer)
+        self.set_apart(layer)
 
     def leave(self, layer: Follower) -> None:
         """Forget an adapted layer that was taken out of the model."""
-        self._layers = [ref for ref in self._layers if ref() is not None and ref() is not layer]
+        self._layers.pop(id(layer), None)
+        self._apart.pop(id(layer), None)
+
+    def set_apart(self, layer: Follower) -> None:
+        """Note whether a layer has active adapters, or a switch, of its own, so that it must be told to follow."""
+        if layer.is_apart:
+            self._apart[id(layer)] = weakref.ref(layer)
+        else:
+            self._apart.pop(id(layer), None)
+
+    def apart(self) -> list[Any]:
+        """Return the layers that do not just do what the state says."""
+        return [layer for layer in (ref() for ref in self._apart.values()) if layer is not None]
 
     def layers(self) -> Iterator[Any]:
         """Iterate over the adapted layers that are alive, in the order of injection."""
-        for ref in list(self._layers):
+        for ref in list(self._layers.values()):
             layer = ref()
             if layer is not None:
                 yield layer
+
+    def training_beside(self, names: Container[str]) -> list[str]:
+        """Return the adapters whose gradients may be on, but for those named."""
+        return [name for name in self.training if name not in names and name in self.records]
 
     def record(self, name: str) -> Record:
         """Return the record of an adapter.

@@ -212,6 +212,8 @@ class LayerSurface(EntryHolder):
             for tensor, trainable in entry.parameters(self):
                 if tensor.is_floating_point():
                     tensor.requires_grad_(trainable and requires_grad)
+            if requires_grad:
+                self.state.training.add(entry.name)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch every adapter of this layer on or off; it no longer follows the model's switch."""

@@ -158,10 +158,10 @@ def activate(state: State, names: str | Iterable[str], inference_mode: bool = Fa
     set_active(state, wanted)
     if not state.policy.unfreeze_on_activation:
         return
-    set_trainable(state, [name for name in state.records if name not in wanted], False)
-    for name in wanted:
-        frozen = inference_mode or (state.policy.keep_frozen and state.records[name].frozen)
-        set_trainable(state, [name], not frozen)
+    keeps = state.policy.keep_frozen
+    frozen = {name for name in wanted if inference_mode or (keeps and state.records[name].frozen)}
+    set_trainable(state, [*state.training_beside(wanted), *frozen], False)
+    set_trainable(state, [name for name in wanted if name not in frozen], True)
 
 
 def remove(root: nn.Module, state: State, name: str) -> None:

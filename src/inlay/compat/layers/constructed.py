@@ -83,6 +83,7 @@ def attach(
     mount(layer, made, placement, tensors, [])
     prepare(made, state, [])
     state.records.setdefault(adapter, Record(method.config, method, seed, shared=dict(made.shared)))
+    state.training.add(adapter)
     if first:
         state.active = (adapter,)
     state.touch()
@@ -120,6 +121,7 @@ def adopt(layer: AdaptedLayer, state: State, path: str) -> None:
             entry.site = replace(entry.site, name=path)
         if name in own.records:
             state.records.setdefault(name, own.records[name])
+            state.training.add(name)
     for name, container in own.shared._modules.items():
         state.shared._modules.setdefault(name, container)
     state.touch()

@@ -53,6 +53,7 @@ def set_additional_trainable_modules(
     if adapter_name not in state.records:
         method = method_class(peft_config.peft_type)(peft_config)
         state.records[adapter_name] = Record(peft_config, method, torch.initial_seed())
+        state.training.add(adapter_name)
     if activate_adapter and adapter_name not in state.active:
         state.active = (*state.active, adapter_name)
     add_extras(model, peft_config, adapter_name, state, state.records[adapter_name].method, False)

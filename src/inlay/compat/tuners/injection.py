@@ -91,6 +91,7 @@ class Injection:
         record = Record(self.config, method_class(self.config.peft_type)(self.config), torch.initial_seed())
         record.frozen = bool(self.config.inference_mode)
         state.records[self.adapter] = record
+        state.training.add(self.adapter)
         if first:
             state.active = (self.adapter,)
         tuner._check_new_adapter_config(self.config)

@@ -106,6 +106,10 @@ class WrittenLayer(Written):
     # -- who is on ------------------------------------------------------------------------------------------------
 
     @property
+    def is_apart(self) -> bool:
+        return True  # it switches itself, so it must be told
+
+    @property
     def active(self) -> tuple[str, ...]:
         return tuple(self.standing.active_adapters)
 
