@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cells
 import pytest
 import torch
 from cells import Cell
 from subject import Subject, assert_bitwise, assert_close, tensors_of, written
-from torch import nn
 
-from inlay.core import storage
 from inlay.core.active import set_active
 from inlay.core.call import opened
 from inlay.core.layer import AdaptedLayer
@@ -111,14 +111,14 @@ def test_failing_write_undoes_this_merge_and_no_earlier_one(
     merge(subject.state, ["one"])
     before = tensors_of(subject.model)
     layer = [layer for layer in subject.state.layers() if isinstance(layer, AdaptedLayer)][-1]
-    write, failures = storage.write, [OSError("disk full")]
+    write, failures = AdaptedLayer.write, [OSError("disk full")]
 
-    def failing(module: nn.Module, name: str, value: torch.Tensor) -> None:
-        write(module, name, value)
-        if module is layer.leaf_layer and failures:
+    def failing(self: AdaptedLayer, *arguments: Any) -> None:
+        write(self, *arguments)
+        if self is layer and failures:
             raise failures.pop()
 
-    monkeypatch.setattr(storage, "write", failing)
+    monkeypatch.setattr(AdaptedLayer, "write", failing)
     with pytest.raises(OSError, match="disk full"):
         merge(subject.state, ["two"])
     assert_bitwise(tensors_of(subject.model), before)

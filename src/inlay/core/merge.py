@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from inlay.core.affine import LowRank
 from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
+from inlay.core.merge_bound import known_finite, note_finite, proved_finite
+from inlay.core.merge_rows import InPlace, low_rank_updates, matrix_in_place
+from inlay.core.merge_rules import check_mergeable, check_shared, merged_finite
 from inlay.core.state import State
 from inlay.errors import MergeError, StateError
 from inlay.parallel.fsdp import settle
@@ -27,11 +29,15 @@ def merge(
 ) -> list[str]:
     """Write adapters into the base weights of every layer that has them; all layers or none.
 
+    Low-rank updates are added in the memory of the weight, a few rows at a time, and every number is rounded once.
+
     Args:
         state: the model's state.
         names: adapters in the order of merging; by default the active ones.
         keep: ``"copy"`` keeps the original weights on the CPU, so that unmerging is bitwise exact and an adapter
-            can be switched off while merged; ``"none"`` does not, and cannot be undone.
+            can be switched off while merged; ``"none"`` does not, and cannot be undone. Should writing itself then
+            fail half-way (an interrupt), the layer at hand is completed and the layers that are merged stay so, as
+            they say themselves; the output of the model is the same.
         progress: wraps the sequence of layers while they are written.
 
     Returns:
@@ -67,7 +73,7 @@ def merge(
 def merge_layers(
     layers: Iterable[AdaptedLayer], names: Sequence[str], *, keep: str = "copy", progress: Progress | None = None
 ) -> list[str]:
-    """Merge adapters into some layers, all or none; see :func:`merge`."""
+    """Merge adapters into some layers; see :func:`merge`."""
     if keep not in ("copy", "none"):
         raise ValueError(f"keep must be 'copy' or 'none', found {keep!r}")
     settle()
@@ -76,51 +82,100 @@ def merge_layers(
         wanted = [name for name in names if name in layer.entries and name not in layer._merged]
         chain = tuple(entry for name in wanted for entry in layer.entries[name])
         if chain:
-            if layer.state.replication is not None:
-                raise MergeError(
-                    f"{layer.site.name!r}: layer_replication repeats blocks that share their weights, so no block's "
-                    "update can be written into them; unload the adapters, or run them unmerged"
-                )
-            layer.check_active(wanted)
-            _check_order(layer, wanted, chain, keep)
+            check_mergeable(layer, wanted, chain, keep)
             work.append((layer, chain))
-    _check_shared(work)
-    proved = {id(layer): _proved_finite(layer, chain) for layer, chain in work}
+    check_shared(work)
+    proved = {id(layer): _proved(layer, chain) for layer, chain in work}
     if keep == "none":  # nothing will be there to go back to, so every layer is judged before the first is written
         for layer, chain in work:
             if not proved[id(layer)]:
-                _merged_finite(layer, chain)
-    written: list[tuple[AdaptedLayer, tuple[str, ...], dict[str, Tensor], dict[str, Tensor]]] = []
+                merged_finite(layer, chain)
+    steps: list[_Step] = []
     tied: dict[int, AdaptedLayer] = {}
     try:
         for layer, chain in work if progress is None else progress(work):
-            leaf = layer.leaf_layer
-            weight = getattr(leaf, layer.kind.weight_name)
+            weight = getattr(layer.leaf_layer, layer.kind.weight_name)
             # layers that share a weight share the update too, and the first has written it
-            partner = tied.get(id(weight))
-            new: dict[str, Tensor] = {}
-            if partner is None:
-                new = layer.merged_tensors(chain) if proved[id(layer)] else _merged_finite(layer, chain)
-            if layer._merged and not layer._kept:
-                kept: dict[str, Tensor] = {}
-            elif keep == "copy":
-                kept = {name: _copy(getattr(leaf, name)) for name in new} | dict(layer._kept)
-            else:
-                kept = {}
-            if partner is not None and keep == "copy" and (not layer._merged or layer._kept):
-                kept = {layer.kind.weight_name: partner._kept[partner.kind.weight_name]} | dict(layer._kept)
-            tied[id(weight)] = layer
-            before = {}
-            if keep == "copy":
-                before = {name: _copy(getattr(leaf, name)) if layer._merged else kept[name] for name in new}
-            written.append((layer, layer._merged, dict(layer._kept), before))
-            merged = (*layer._merged, *dict.fromkeys(entry.name for entry in chain))
-            layer.write(new, merged, kept)
-    except BaseException:
-        for layer, merged, kept, before in reversed(written):
-            layer.write(before, merged, kept)
+            partner = tied.setdefault(id(weight), layer)
+            steps.append(_step(layer, chain, keep, proved[id(layer)], None if partner is layer else partner))
+            steps[-1].carry_out()
+    except BaseException as error:
+        if keep == "copy":
+            for step in reversed(steps):
+                step.layer.write(*step.before)
+        elif steps:
+            _finish(steps, work, error)
         raise
     return [name for name in names if any(entry.name == name for _, chain in work for entry in chain)]
+
+
+@dataclass
+class _Step:
+    """One layer's merge, ready to be written.
+
+    Attributes:
+        writer: adds the update in the memory of the weight, where that can be done.
+        after: otherwise the whole merged tensors; and what is merged and kept then.
+        before: what puts the layer back.
+    """
+
+    layer: AdaptedLayer
+    writer: InPlace | None
+    after: tuple[dict[str, Tensor], tuple[str, ...], dict[str, Tensor]]
+    before: tuple[dict[str, Tensor], tuple[str, ...], dict[str, Tensor]]
+
+    def carry_out(self) -> None:
+        """Write; doing it again after an interruption completes it."""
+        if self.writer is not None:
+            self.writer.write()
+            note_finite(getattr(self.layer.leaf_layer, self.layer.kind.weight_name))
+        self.layer.write(*self.after)
+
+
+def _step(
+    layer: AdaptedLayer, chain: tuple[Entry, ...], keep: str, proved: bool, partner: AdaptedLayer | None
+) -> _Step:
+    """Prepare one layer's merge; ``partner`` has written the weight already."""
+    leaf, weight = layer.leaf_layer, layer.kind.weight_name
+    writer, new = None, {}
+    if partner is None:
+        writer = _in_place(layer, chain) if proved else None
+        if writer is None:
+            new = layer.merged_tensors(chain) if proved else merged_finite(layer, chain)
+    written = [weight] if writer is not None else list(new)
+    held, kept, before = dict(layer._kept), {}, {}
+    if keep == "copy":
+        copies = {name: _copy(getattr(leaf, name)) for name in written}
+        before = copies
+        if not layer._merged or held:
+            kept = copies | held
+            if partner is not None:
+                kept = {weight: partner._kept[partner.kind.weight_name]} | held
+    merged = (*layer._merged, *dict.fromkeys(entry.name for entry in chain))
+    return _Step(layer, writer, (new, merged, kept), (before, layer._merged, held))
+
+
+def _in_place(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> InPlace | None:
+    matrix = matrix_in_place(layer)
+    updates = None if matrix is None else low_rank_updates(layer, chain)
+    return None if matrix is None or updates is None else InPlace(matrix, updates)
+
+
+def _finish(steps: list[_Step], work: list[tuple[AdaptedLayer, tuple[Entry, ...]]], error: BaseException) -> None:
+    """Complete the layer that was being written, as there is nothing to go back to; its books then say what is so."""
+    layer = steps[-1].layer
+    try:
+        steps[-1].carry_out()
+    except Exception as again:
+        raise MergeError(
+            f"{layer.site.name!r}: writing the merged weight failed half-way ({again}), and with keep='none' nothing "
+            "was kept to go back to; load the base weights again"
+        ) from error
+    held = {id(getattr(step.layer.leaf_layer, step.layer.kind.weight_name)): step.layer for step in steps}
+    for other, chain in work[len(steps) :]:
+        partner = held.get(id(getattr(other.leaf_layer, other.kind.weight_name)))
+        if partner is not None:
+            _step(other, chain, "none", True, partner).carry_out()
 
 
 def unmerge(state: State) -> bool:
@@ -143,94 +198,26 @@ def unmerge(state: State) -> bool:
     for layer in layers:
         if layer.merges_itself:
             layer.unmerge()
-        else:
-            layer.restore()
+            continue
+        finite = [name for name, tensor in layer._kept.items() if known_finite(tensor)]
+        layer.restore()
+        for name in finite:
+            note_finite(getattr(layer.leaf_layer, name))
     return bool(layers)
 
 
-def _check_shared(work: list[tuple[AdaptedLayer, tuple[Entry, ...]]]) -> None:
-    """A weight that several layers hold can take an update only if all of them have it."""
-    chains = {id(layer): chain for layer, chain in work}
-    for layer, chain in work:
-        if not layer.shares:
-            continue
-        standing = {other.site.owner: other for other in layer.state.layers() if isinstance(other, AdaptedLayer)}
-        mine = [(entry.name, id(entry.home or layer)) for entry in chain]
-        for path in layer.shares:
-            other = standing.get(path)
-            theirs = [(entry.name, id(entry.home or other)) for entry in chains.get(id(other), ())]
-            if mine != theirs:
-                raise MergeError(
-                    f"{layer.site.name!r} shares its weight with {path!r}, which does not have the same update, so "
-                    "merging would change that layer too; set ensure_weight_tying=True if one is an embedding and the "
-                    "other its head, or give the layers weights of their own first"
-                )
-
-
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    copy = tensor.detach().to("cpu", copy=True)
+    if known_finite(tensor):
+        note_finite(copy)
+    return copy
 
 
-def _check_order(layer: AdaptedLayer, wanted: list[str], chain: tuple[Entry, ...], keep: str) -> None:
-    """What is merged goes below what is not: refuse where that would change the output."""
-    for entry in chain:
-        if not entry.method.mergeable:
-            raise MergeError(
-                f"{layer.site.name!r}: adapter {entry.name!r} ({type(entry.method).__name__}) depends on the data and "
-                "has no weight to merge"
-            )
-    below: list[Entry] = []
-    for name in layer.active:
-        if name in layer._merged:
-            continue
-        if name not in wanted:
-            below += layer.entries.get(name, ())
-            continue
-        for entry in layer.entries.get(name, ()):
-            for other in below:
-                if not (entry.method.commutes and other.method.commutes):
-                    raise MergeError(
-                        f"{layer.site.name!r}: {entry.name!r} is active above {other.name!r}, which is not merged, and "
-                        f"the two do not commute ({type(entry.method).__name__} over {type(other.method).__name__}); "
-                        "merge both, or the lower one first"
-                    )
-    done = {*wanted, *layer._merged}
-    rest = [entry for name in layer.active if name not in done for entry in layer.entries.get(name, ())]
-    if keep == "none" and any(not entry.method.additive for entry in rest):
-        raise MergeError(
-            f"{layer.site.name!r}: an adapter that stays active reads the untouched weight, so it must be kept: "
-            "merge with keep='copy'"
-        )
-
-
-def _merged_finite(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> dict[str, Tensor]:
-    """Return the merged tensors, proved finite in the stored dtype by looking at each number."""
-    leaf = layer.leaf_layer
-    new = layer.merged_tensors(chain)
-    for name, tensor in new.items():
-        stored = getattr(leaf, name)
-        rounded = tensor.to(stored.dtype) if stored.dtype.is_floating_point else tensor
-        if not bool(torch.isfinite(rounded).all()):
-            who = ", ".join(repr(entry.name) for entry in chain)
-            raise MergeError(
-                f"{layer.site.name!r}: merging {who} gives a {name} that is not finite in {stored.dtype}; no weight of "
-                "the model was changed"
-            )
-    return new
-
-
-@torch.no_grad()
-def _proved_finite(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> bool:
-    """Whether max|W| + s |B| |A| stays below the largest number of the stored dtype; False if that does not tell."""
-    weight = layer.present_affine(whole=True).weight
-    lowest, highest = torch.aminmax(weight)
-    bound = torch.maximum(-lowest, highest).double()
-    for entry in chain:
-        if not entry.method.additive:
-            return False
-        delta = entry.method.update(entry.site, layer.params(entry, whole=True))
-        if not isinstance(delta, LowRank) or delta.groups > 1 or delta.bias is not None:
-            return False
-        rows = delta.B.double().abs().sum(dim=-1).amax()
-        bound = bound + rows * delta.A.abs().amax().double() * abs(float(delta.scale))
-    return bool(bound < torch.finfo(weight.dtype).max / 2)
+def _proved(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> bool:
+    """Whether bounds alone prove that the merged weight is finite."""
+    updates = low_rank_updates(layer, chain)
+    if updates is None:
+        return False
+    if matrix_in_place(layer) is None:
+        return proved_finite(layer.present_affine(whole=True).weight, updates)
+    return proved_finite(getattr(layer.leaf_layer, layer.kind.weight_name), updates)
