@@ -40,7 +40,7 @@ def measure(row: Row, run: Run) -> dict[str, Any]:
         figures = row.measure(run, **parameters)
     except Exception as error:
         traceback.print_exc()
-        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0], "parameters": parameters}
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:100], "parameters": parameters}
     return {
         "figures": {name: figure.asdict() for name, figure in figures.items()},
         "parameters": parameters,
