@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inlay.checkpoint.mapped import mapped_tensors
 from inlay.checkpoint.shards import shards_of
 from inlay.config import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftConfig, resolve_file
 from inlay.errors import CheckpointError, CheckpointMissingError
@@ -86,11 +87,11 @@ def weights_file(folder_or_repo: str | os.PathLike[str], subfolder: str | None =
         CheckpointError: a save into the folder was cut off.
     """
     local = Path(os.fspath(folder_or_repo), subfolder or "")
-    left = sorted(local.glob(f"*{REPLACED}")) if local.is_dir() else []
+    left = sorted(name for name in os.listdir(local) if name.endswith(REPLACED)) if local.is_dir() else []
     if left:
         raise CheckpointError(
             f"{str(local)!r}: a save into this folder was cut off, so its files may not belong together. Save again, "
-            f"or delete {left[0].name!r} to use them as they are"
+            f"or delete {left[0]!r} to use them as they are"
         )
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if (local / name).is_file():
@@ -136,6 +137,9 @@ def _read_safetensors(path: str, device: str | torch.device | None) -> dict[str,
     wanted = torch.device("cpu" if device is None else device)
     through_cpu = wanted.type == "mps"
     try:
+        mapped = mapped_tensors(path) if wanted.type == "cpu" else None
+        if mapped is not None:
+            return mapped
         tensors = load_file(path, device="cpu" if through_cpu else str(wanted))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: expected a safetensors file, found one that cannot be read: {error}") from error
@@ -156,17 +160,19 @@ def _read_bin(path: str, device: str | torch.device | None) -> dict[str, Tensor]
     return found
 
 
-def remapped(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+def remapped(tensors: dict[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
     """Return the tensors under other keys: the first pattern that occurs in a key, without its prefix, is replaced.
 
     Raises:
         CheckpointError: a pattern is no regular expression, or two keys become one.
     """
+    if not key_mapping:
+        return tensors
     result: dict[str, Tensor] = {}
     for key, value in tensors.items():
         prefix = next((p for p in ("base_model.model.", "base_model.") if key.startswith(p)), "")
         rest = key[len(prefix) :]
-        for pattern, replacement in (key_mapping or {}).items():
+        for pattern, replacement in key_mapping.items():
             try:
                 changed, count = re.subn(pattern, replacement, rest)
             except re.error as error:

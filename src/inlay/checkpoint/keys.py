@@ -88,15 +88,14 @@ def _add_tied(index: KeyIndex, tree: Tree, adapter: str) -> None:
 def _entry_slots(node: Node, layer: AdaptedLayer, entry: Entry) -> Iterator[Target]:
     slots = entry.method.slots(entry.site)
     weight = getattr(layer.leaf_layer, layer.kind.weight_name, None)
+    device = None if weight is None else weight.device
+    memory = f"{node.memory}." if node.memory else ""
     for role, containers, leaf in entry.places:
         slot = slots[role]
         mounted = containers[: len(containers) - len(slot.place[0])]  # what a mount puts above the slot's own names
         holder, attribute = slot_holder(layer, entry.name, containers, leaf)
         above = ".".join((node.path, *mounted)) if node.path else ".".join(mounted)
-        target = _target(
-            slot, f"{MODEL_PREFIX}{above}", f"{node.memory}{'.' if node.memory else ''}", holder, attribute, entry.name,
-            mounted, "slot", None if weight is None else weight.device,
-        )  # fmt: skip
+        target = _target(slot, f"{MODEL_PREFIX}{above}", memory, holder, attribute, entry.name, mounted, "slot", device)
         target.slot = slot
         if role in entry.room:
             target.room = torch.Size(entry.room[role])
@@ -130,9 +129,7 @@ def _target(
     key = f"{above}{slot.disk_name}"
     plain = slot.key.replace(".*", "").replace("*.", "")
     before, _, after = f"{above}{slot.key}".rpartition("*")
-    templates = [_template(before, after)]
-    if plain != slot.disk_name:
-        templates.append(_template(key, ""))
+    same = plain == slot.disk_name
     return Target(
         key,
         holder,
@@ -141,25 +138,24 @@ def _target(
         f"{memory}{'.'.join((*mounted, slot.memory_name(adapter)))}",
         part,
         slot.saved,
-        (f"{above}{plain}",) if plain != slot.disk_name else (),
-        tuple(templates),
+        () if same else (f"{above}{plain}",),
+        ((before, after),) if same else ((before, after), (key, "")),
         device,
     )
-
-
-def _template(before: str, after: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return tuple(part for part in before.split(".") if part), tuple(part for part in after.split(".") if part)
 
 
 def _written(tree: Tree, adapter: str) -> Iterator[Target]:
     """Tensors of layers that others wrote, and of a tuner around the model; they say what a checkpoint calls them."""
     for follower in tree.state.layers():
+        saved = list(follower.saved_tensors(adapter))
+        if not saved:
+            continue
         node = tree.node(follower.standing)
         above = ROOT_PREFIX if node is None else f"{MODEL_PREFIX}{_dotted(node.path, '')}"
         memory = (ROOT_PREFIX if tree.wrapped else "") if node is None else _dotted(node.memory, "")
         covered = None if node is None else node.module._modules.get(follower.base_attribute)
         base = None if covered is None else next(covered.parameters(), None)
-        for name, holder, attribute in follower.saved_tensors(adapter):
+        for name, holder, attribute in saved:
             key = follower.disk_key(f"{above}{name}", adapter)
             target = Target(key, holder, attribute, torch.Size(()), f"{memory}{name}", "slot")
             target.shape = target.tensor.shape
@@ -167,8 +163,7 @@ def _written(tree: Tree, adapter: str) -> Iterator[Target]:
             parts = name.split(".")
             if adapter in parts:
                 place = parts.index(adapter)
-                before = f"{above}{'.'.join(parts[:place])}"
-                target.templates = (_template(before, ".".join(parts[place + 1 :])),)
+                target.around = ((f"{above}{'.'.join(parts[:place])}", ".".join(parts[place + 1 :])),)
             yield target
 
 
@@ -253,7 +248,7 @@ def _copies(tree: Tree, adapter: str) -> Iterator[Target]:
                 _dotted(node.memory, f"modules_to_save.{adapter}.{name}"),
                 "copy",
                 aliases=(f"{MODEL_PREFIX}{_dotted(node.path, 'modules_to_save')}.{name}",),
-                templates=(_template(f"{MODEL_PREFIX}{_dotted(node.path, 'modules_to_save')}", name),),
+                around=((f"{MODEL_PREFIX}{_dotted(node.path, 'modules_to_save')}", name),),
             )
             target.shape = target.tensor.shape
             if name in original:

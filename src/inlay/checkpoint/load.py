@@ -9,11 +9,14 @@ from typing import Any
 from torch import nn
 
 from inlay.checkpoint.files import load_adapter_files
+from inlay.checkpoint.mapped import release_of
 from inlay.checkpoint.manifest import Manifest, read_manifest, restore
 from inlay.checkpoint.state_dict import load_tensors
 from inlay.checkpoint.tree import Tree, bare_model
 from inlay.core.active import set_trainable
+from inlay.core.collect import uncollected
 from inlay.core.eject import delete, eject
+from inlay.core.holder import only_new
 from inlay.core.inject import inject
 from inlay.core.plan import plan
 from inlay.core.policy import Policy
@@ -23,6 +26,7 @@ from inlay.errors import UnknownAdapterError, did_you_mean
 __all__ = ["chosen_adapters", "load_all"]
 
 
+@uncollected
 def load_all(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -86,7 +90,7 @@ def load_all(
                     source: str = source,
                     version: str | None = config.peft_version,
                 ) -> None:
-                    load_tensors(bare, tensors, name, source=source, version=version)
+                    load_tensors(bare, tensors, name, source=source, version=version, release=release_of(tensors))
 
                 # Under a lenient policy a file may lack tensors, which then keep their initial values.
                 strict = made.policy.strict_load
@@ -102,7 +106,8 @@ def load_all(
             tree.state.records[name].frozen = True
         set_trainable(tree.state, names, False)
         if tree.state.policy.eval_on_load:
-            bare.eval()
+            with only_new(*names):
+                bare.eval()
     return manifest
 
 

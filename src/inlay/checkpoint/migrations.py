@@ -31,9 +31,11 @@ def migrated(tree: Tree, index: KeyIndex, tensors: Mapping[str, Tensor], adapter
     Raises:
         CheckpointError: the factors of an expert do not fit together.
     """
+    if tensors.keys() <= index.targets.keys():
+        return tensors
     known = {index.rendered(key) for key in index.targets} | index.targets.keys()
     known.update(alias for target in index.targets.values() for alias in target.aliases)
-    if all(key in known for key in tensors):
+    if tensors.keys() <= known:
         return tensors
     layout = layout_of(tree.bare)
     adapted: dict[str, list[str]] = {}

@@ -37,9 +37,10 @@ def without_wrappers(index: KeyIndex, tensors: Mapping[str, Tensor]) -> Mapping[
 
     Two keys that would become one stay as they are.
     """
-    known: set[str] = set()
-    for target in index.targets.values():
-        known |= {target.key, *target.aliases}
+    known = set(index.targets)
+    known.update(alias for target in index.targets.values() for alias in target.aliases)
+    if tensors.keys() <= known:
+        return tensors
     segments = {segment for key in known for segment in key.split(".")}
     result: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -100,8 +101,7 @@ def present_layout(
         version: the release that wrote the file, or None if it is not known.
         given: the file's tensors before any were made anew.
     """
-    for node in tree.nodes:
-        layer = node.module
+    for layer in tree.state.layers():
         if not isinstance(layer, ParameterLayer):
             continue
         for entry in layer.entries.get(adapter, ()):

@@ -13,9 +13,9 @@ from inlay.checkpoint.embeddings import embedding_targets
 from inlay.checkpoint.keys import key_index, slot_holder
 from inlay.checkpoint.rank import Sized, entries_of, renewed, successor, with_rank
 from inlay.checkpoint.resolve import Resolution, resolve
-from inlay.checkpoint.state_dict import staged, write_staged
 from inlay.checkpoint.target import KeyIndex, Target
 from inlay.checkpoint.tree import Tree, persistent_tensors
+from inlay.checkpoint.write import staged, write_staged
 from inlay.core.dtype import merge_dtype
 from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer

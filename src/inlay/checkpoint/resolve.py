@@ -42,6 +42,8 @@ class Resolution:
 
     def problem(self, index: KeyIndex) -> str | None:
         """Return what does not fit, in words, or None."""
+        if not (self.unexpected or self.missing or self.misshaped):
+            return None
         parts = []
         known = [index.rendered(key) for key, target in index.targets.items() if target.saved]
         if self.unexpected:
@@ -67,7 +69,7 @@ class Resolution:
                     ]
                 )
             )
-        return "; ".join(parts) or None
+        return "; ".join(parts)
 
 
 def listed(items: Iterable[str]) -> str:
@@ -91,20 +93,22 @@ def resolve(
     Raises:
         CheckpointError: the file has a format that nobody reads any more.
     """
-    for key in tensors:
+    extra = {target.key: target for target in optional if target.key not in index.targets}
+    names = {**index.targets, **extra}
+    full = {} if index.wrapped and tensors.keys() <= names.keys() else _convention(names, tensors, index.wrapped)
+    result = Resolution()
+    left: dict[str, str] = {}
+    for key, value in tensors.items():
+        name = full.get(key, key)
+        target = names.get(name)
+        if target is not None:
+            _take(result, target, key, value)
+        elif name not in index.redundant:
+            left[key] = name
+    for key in left:
         for segment in key.split("."):
             if segment in RETIRED:
                 raise CheckpointError(f"{key!r}: {RETIRED[segment]}")
-    extra = {target.key: target for target in optional if target.key not in index.targets}
-    names = {**index.targets, **extra}
-    full = _convention(names, tensors, index.wrapped)
-    result = Resolution()
-    left: dict[str, str] = {}
-    for key in tensors:
-        if full[key] in names:
-            _take(result, names[full[key]], key, tensors[key])
-        elif full[key] not in index.redundant:
-            left[key] = full[key]
     _older_names(result, list(names.values()), left, tensors, adapter)
     result.missing = [
         target

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -18,10 +17,10 @@ from inlay.checkpoint.resolve import Resolution, listed, resolve
 from inlay.checkpoint.target import KeyIndex, Target
 from inlay.checkpoint.translation import collected, renamed
 from inlay.checkpoint.tree import TRANSPARENT, Tree
+from inlay.checkpoint.write import write
 from inlay.errors import CheckpointError, CheckpointMismatchError, InlayWarning, StateError, did_you_mean
-from inlay.parallel.tensors import gather, is_distributed, local_share, rewrap, scatter
 
-__all__ = ["get_peft_model_state_dict", "load_tensors", "set_peft_model_state_dict", "staged", "write_staged"]
+__all__ = ["get_peft_model_state_dict", "load_tensors", "set_peft_model_state_dict"]
 
 
 def get_peft_model_state_dict(
@@ -142,6 +141,7 @@ def load_tensors(
     ignore_mismatched_sizes: bool = False,
     source: str | None = None,
     version: str | None = None,
+    release: Callable[[], object] | None = None,
 ) -> Any:
     """What :func:`set_peft_model_state_dict` does, with a strictness of its own.
 
@@ -150,6 +150,7 @@ def load_tensors(
         source: the file's name, for messages.
         version: the release of PEFT that the file says it is of; without it, square banks of matrices are taken as
             they are.
+        release: called now and then while values are written, to let go of memory that ``tensors`` were read into.
     """
     tree = Tree(model)
     index = key_index(tree, adapter)
@@ -170,9 +171,7 @@ def load_tensors(
         raise type(error)(f"{where}{error}") from None
     strict = tree.state.policy.strict_load if strict is None else strict
     _judge(tree, index, found, strict, ignore_mismatched_sizes, where, adapter)
-    values = [(target, staged(target, value)) for target, (_, value) in found.found.items()]
-    for target, value in values:
-        write_staged(tree, target, value)
+    write(tree, {target: value for target, (_, value) in found.found.items()}, release)
     tree.state.touch()
     absent = [*found.missing, *found.misshaped]
     return _IncompatibleKeys([target.memory for target in absent], list(found.unexpected))
@@ -219,38 +218,3 @@ def _judge(
             InlayWarning,
             stacklevel=4,
         )
-
-
-def staged(target: Target, value: Tensor) -> Tensor:
-    """Return a value ready to be written, so that writing itself cannot fail."""
-    held = target.tensor
-    value = gather(value)
-    if target.slot is not None and target.room is not None:
-        value = target.slot.resized(value, target.room)
-    if not held.is_meta:
-        return scatter(value, held)
-    device = value.device if target.device is None or target.device.type == "meta" else target.device
-    share = local_share(value, held.device_mesh, held.placements) if is_distributed(held) else value  # type: ignore[attr-defined]
-    # A copy of its own: the given tensor is the caller's, or part of a file that is mapped into memory.
-    own = torch.empty_like(share, device=device, dtype=held.dtype).copy_(share)
-    return rewrap(own, held) if is_distributed(held) else own
-
-
-@torch.no_grad()
-def write_staged(tree: Tree, target: Target, value: Tensor) -> None:
-    held = target.tensor
-    if held.is_meta:
-        table = target.table
-        parameter = isinstance(held, nn.Parameter)
-        table[target.attribute] = nn.Parameter(value, requires_grad=held.requires_grad) if parameter else value
-        return
-    if target.part == "embedding":
-        _remember(tree, held, value)
-    held.copy_(value)
-
-
-def _remember(tree: Tree, held: Tensor, value: Tensor) -> None:
-    """Keep a base tensor that a load changes, so that unloading gives it back."""
-    name = tree.owner_name(held)
-    if name is not None and name not in tree.state.base_values and not torch.equal(held, value):
-        tree.state.base_values[name] = held.detach().clone()

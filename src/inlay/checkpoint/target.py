@@ -16,7 +16,7 @@ from inlay.parallel.tensors import gather
 __all__ = ["KeyIndex", "Target"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Target:
     """One tensor of the model that a checkpoint holds.
 
@@ -28,7 +28,7 @@ class Target:
         part: ``slot``, ``shared``, ``copy`` (``modules_to_save``), ``bias`` or ``embedding``.
         saved: False for tensors that are made again from the config.
         aliases: other names that older files have for it.
-        templates: names with the adapter's own inside, ``*`` standing for it, as (above, below) segments.
+        around: names with the adapter's own inside, as what stands before it and what behind it.
         device: where it belongs while it is on the meta device.
         slot: what the tensor is a slot of.
         room: its shape here where that has a larger rank than ``shape``, the rest being zeros.
@@ -42,10 +42,15 @@ class Target:
     part: str
     saved: bool = True
     aliases: tuple[str, ...] = ()
-    templates: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+    around: tuple[tuple[str, str], ...] = ()
     device: torch.device | None = None
     slot: Slot | None = None
     room: torch.Size | None = None
+
+    @property
+    def templates(self) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+        """The names with the adapter's own inside, as segments above and below it."""
+        return [(_segments(before), _segments(after)) for before, after in self.around]
 
     @property
     def table(self) -> dict[str, Any]:
@@ -75,6 +80,10 @@ class Target:
                 f"{tuple(full.shape)}. Its shards were not gathered: pass state_dict= with gathered values"
             )
         return full
+
+
+def _segments(path: str) -> tuple[str, ...]:
+    return tuple(part for part in path.split(".") if part)
 
 
 @dataclass

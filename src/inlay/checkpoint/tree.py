@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor, nn
 
@@ -32,21 +33,23 @@ def unwrapped(module: nn.Module) -> tuple[nn.Module, str]:
     """Return the module below transparent wrappers, and the memory segments they add (``_orig_mod.``)."""
     passed = ""
     while True:
-        attribute = next(
-            (
-                TRANSPARENT[cls.__name__]
-                for cls in type(module).__mro__
-                if cls.__name__ in TRANSPARENT and cls.__module__.partition(".")[0] in ("torch", "deepspeed")
-            ),
-            None,
-        )
+        attribute = _below(type(module))
         inner = None if attribute is None else module._modules.get(attribute)
         if inner is None:
             return module, passed
         module, passed = inner, f"{passed}{attribute}."
 
 
-@dataclass(frozen=True)
+@lru_cache(maxsize=1024)  # bounded: FSDP makes classes, and a model has few
+def _below(cls: type[nn.Module]) -> str | None:
+    """Return the attribute below which a transparent wrapper has its module; None for any other class."""
+    for base in cls.__mro__:
+        if base.__name__ in TRANSPARENT and base.__module__.partition(".")[0] in ("torch", "deepspeed"):
+            return TRANSPARENT[base.__name__]
+    return None
+
+
+@dataclass(eq=False, slots=True)
 class Node:
     """One module of the model.
 
@@ -81,12 +84,26 @@ class Tree:
         self.root, _ = unwrapped(model)
         self.bare, memory = bare_model(model)
         self.wrapped = self.bare is not self.root
-        state = find_state(self.bare)
-        if state is None:
-            raise StateError(f"{type(self.bare).__name__} has no adapters")
-        self.state: State = state
         self.nodes = list(_walk(self.bare, memory))
+        self.state = self._state()
         self._by_id = {id(node.module): node for node in self.nodes}
+
+    def _state(self) -> State:
+        """Return the state that the modules follow; what adapters hang below them, which may be much, is not read."""
+        found: State | None = None
+        for node in self.nodes:
+            held = node.module.__dict__.get("_state")
+            if isinstance(held, State) and held is not found:
+                if found is not None:
+                    break  # several: let the error be told where it is told to others
+                found = held
+        else:
+            if found is not None:
+                return found
+        found = find_state(self.bare)
+        if found is None:
+            raise StateError(f"{type(self.bare).__name__} has no adapters")
+        return found
 
     def node(self, module: nn.Module) -> Node | None:
         """Return the node of a module, or None where it is not in the tree."""
@@ -125,32 +142,24 @@ def _walk(bare: nn.Module, memory: str) -> Iterator[Node]:
     todo = [Node(bare, "", memory.removesuffix("."), "")]
     while todo:
         node = todo.pop()
-        if id(node.module) in seen:
+        module = node.module
+        if id(module) in seen:
             continue
-        seen.add(id(node.module))
+        seen.add(id(module))
         yield node
-        below: list[Node] = []
-        for name, held in _children(node.module):
-            module, passed = unwrapped(held)
-            added = follower_of(node.module) is not None
-            below.append(
-                Node(
-                    module,
-                    _joined(node.path, name),
-                    _joined(node.memory, name) + (f".{passed[:-1]}" if passed else ""),
-                    node.original if added else _joined(node.original, name),
-                )
-            )
-        todo.extend(reversed(below))
-
-
-def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    passed = shared_names(module)
-    follower = follower_of(module)
-    for name, child in module._modules.items():
-        if child is None or name in passed or (follower is not None and name != follower.base_attribute):
+        if not module._modules:
             continue
-        yield name, child
+        follower = follower_of(module)
+        passed = shared_names(module)
+        path, memory, original = (f"{name}." if name else "" for name in (node.path, node.memory, node.original))
+        below: list[Node] = []
+        for name, child in module._modules.items():
+            if child is None or name in passed or (follower is not None and name != follower.base_attribute):
+                continue
+            inner, between = unwrapped(child)
+            here = f"{memory}{name}.{between[:-1]}" if between else memory + name
+            below.append(Node(inner, path + name, here, original + name if follower is None else node.original))
+        todo.extend(reversed(below))
 
 
 def _joined(path: str, name: str) -> str:

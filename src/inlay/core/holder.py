@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -15,7 +17,29 @@ if TYPE_CHECKING:
     from inlay.core.affine import Site
     from inlay.core.entry import Entry
 
-__all__ = ["EntryHolder"]
+__all__ = ["EntryHolder", "only_new"]
+
+
+class _Spared(threading.local):
+    names: tuple[str, ...] | None = None  # adapters that are looked at; None means all
+
+
+_spared = _Spared()
+
+
+@contextmanager
+def only_new(*names: str) -> Iterator[None]:
+    """Let ``train()`` and ``eval()`` of this thread pass by what other adapters have at layers that are in that mode.
+
+    A model may have thousands of adapters, and each has modules at every layer. What hangs below a layer has the
+    layer's mode, unless somebody set it apart.
+    """
+    before = _spared.names
+    _spared.names = names
+    try:
+        yield
+    finally:
+        _spared.names = before
 
 
 class EntryHolder(Follower):
@@ -35,6 +59,29 @@ class EntryHolder(Follower):
         """Iterate over the entries of some adapters, by default of all."""
         for name in self.entries if names is None else names:
             yield from self.entries.get(name, ())
+
+    def train(self, mode: bool = True) -> Any:
+        names = _spared.names
+        if names is None or self.training != mode:
+            return super().train(mode)
+        self._modules["base_layer"].train(mode)  # type: ignore[union-attr]
+        for module in self._modules_of(names):
+            module.train(mode)
+        return self
+
+    def _modules_of(self, names: Iterable[str]) -> Iterator[nn.Module]:
+        """Iterate over the modules that adapters have here."""
+        for entry in self._each(names):
+            paths = {containers for _, containers, _ in entry.places}
+            if entry.method.dropout_field is not None:
+                paths.add((entry.method.dropout_field,))
+            for path in paths:
+                holder: Any = self
+                for part in path:
+                    holder = None if holder is None else holder._modules.get(part)
+                module = None if holder is None else holder._modules.get(entry.name)
+                if module is not None:
+                    yield module
 
     @property
     def site_path(self) -> str:

@@ -209,6 +209,8 @@ def _renamed(model: nn.Module, config: Any, held: Mapping[str, Tensor] | None) -
     if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         return {}
     layers = [place for place in places(model) if kind_of(place.base) is not None]
+    if held is not None and _are_present(held, {place.path for place in layers}):
+        return {}
     match = matcher(targets)
     meant = [place.path for place in layers if any(map(match, (place.path, *place.aliases)))]
     if held is None and (meant or getattr(config, "target_parameters", None)):
@@ -237,6 +239,17 @@ def _renamed(model: nn.Module, config: Any, held: Mapping[str, Tensor] | None) -
             if _means(pattern, present) or not _means(pattern, former_names)
         }
     return fields
+
+
+def _are_present(held: Mapping[str, Tensor], paths: set[str]) -> bool:
+    """Whether every tensor belongs to a layer by the layer's own path, so that no earlier name can be meant."""
+    for key in held:
+        path = key.removeprefix("base_model.model.")
+        while path and path not in paths:
+            path = path.rpartition(".")[0]
+        if not path:
+            return False
+    return True
 
 
 def _chosen(config: Any, former: str) -> bool:

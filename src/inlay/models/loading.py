@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from inlay.config.files import HUB_KEYWORDS
 from inlay.core.active import set_trainable
+from inlay.core.collect import uncollected
+from inlay.core.holder import only_new
 from inlay.core.policy import Policy
 from inlay.core.registry import method_class
 from inlay.core.state import State
@@ -116,6 +118,7 @@ def read_adapter(
     return options.config, tensors
 
 
+@uncollected
 def load_onto(
     cls: type[Wrapper],
     model: nn.Module,
@@ -134,6 +137,7 @@ def load_onto(
     return wrapper
 
 
+@uncollected
 def load_all_onto(
     cls: type[Wrapper], model: nn.Module, model_id: str | os.PathLike[str], policy: Policy, options: LoadOptions
 ) -> Any:
@@ -172,6 +176,7 @@ def load_all_onto(
     return wrapper
 
 
+@uncollected
 def load_into(wrapper: Wrapper, model_id: str | os.PathLike[str], name: str, options: LoadOptions) -> Any:
     """Add an adapter to a wrapper, or fill one that it has; return missing and unexpected keys."""
     config, tensors = read_adapter(wrapper.get_base_model(), model_id, options)
@@ -184,6 +189,7 @@ def _enter(
     wrapper: Wrapper, name: str, config: Any, tensors: dict[str, Tensor], options: LoadOptions, source: object
 ) -> Any:
     from inlay.checkpoint import load_tensors
+    from inlay.checkpoint.mapped import release_of
 
     result = []
 
@@ -196,6 +202,7 @@ def _enter(
                 ignore_mismatched_sizes=options.ignore_sizes,
                 source=str(source),
                 version=config.peft_version,
+                release=release_of(tensors),
             )
         )
 
@@ -218,5 +225,6 @@ def _enter(
     if options.trainable:
         set_trainable(wrapper.state, [name], True)
     elif wrapper.state.policy.eval_on_load:
-        wrapper.eval()
+        with only_new(name):
+            wrapper.eval()
     return result[0]
