@@ -29,11 +29,11 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help="all, report, or names of scripts")
     parser.add_argument("--against", choices=["peft"], help="measure peft too")
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer rounds")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json and the report")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch's threads, 1 by default")
     parser.add_argument("--row", default="", metavar="TEXT", help="only rows whose name contains this")
     parser.add_argument("--list", action="store_true", help="list the rows with gate and goal and measure nothing")
-    chosen = parser.parse_args(given)
+    chosen = parser.parse_intermixed_args(given)
     unknown = sorted(set(chosen.names) - {"all", "report", *catalogue.scripts()})
     if unknown:
         parser.error(f"no benchmark {', '.join(unknown)}; there are: all, {', '.join(catalogue.scripts())}")
@@ -53,7 +53,7 @@ def main(given: Sequence[str]) -> int:
         show((row, {}, None) for name in names for row in catalogue.rows(name))
         return 0
     failed = run(names, chosen) if set(chosen.names) != {"report"} else 0
-    if "report" in chosen.names:
+    if "report" in chosen.names or chosen.save:
         from benchmarks.report import write
 
         write()

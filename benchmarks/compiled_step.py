@@ -1,4 +1,4 @@
-"""Compiled: a training step over the compiled frozen layer, and what is compiled again when adapters change."""
+"""Compiled: a training step, and what is compiled again when adapters change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def compiled(layer: nn.Module, backend: str = "inductor") -> Callable[..., Any]:
     floor="the frozen layer compiled, with gradients through activations only",
     targets=(at_most(1.20, 1.10),),
     full={"hidden": 1024, "inner": 2816, "tokens": 512},
-    quick={"hidden": 512, "inner": 1408, "rounds": 3},
+    quick={"hidden": 512, "inner": 1408, "tokens": 256, "rounds": 3},
 )
 def compiled_step(run: Run, hidden: int, inner: int, tokens: int, rounds: int = 15) -> Figures:
     block = Block.make(torch.bfloat16, hidden, inner, tokens)

@@ -1,4 +1,7 @@
-"""Decoding one token at a time, batch 1: where the time of Python and of small operators shows."""
+"""Decoding one token at a time.
+
+Batch 1 is where the time of Python and of small operators shows.
+"""
 
 from __future__ import annotations
 

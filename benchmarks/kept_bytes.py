@@ -1,4 +1,9 @@
-"""Bytes that a LoRA layer keeps for the backward pass, beyond those of the frozen layer."""
+"""Bytes kept for the backward pass.
+
+They are counted beyond those of the frozen layer, twice: the storages that autograd saves, and, as "allocated", what
+the allocator gave out in the forward pass and did not get back. "least" is what LoRA has to keep: each distinct input
+that the frozen layer does not keep, the rank-wide products, and one bit for each element of a dropout mask.
+"""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ LIBRARIES = ("torch", "inlay", "peft", "transformers", "safetensors")
 def environment(threads: int) -> dict[str, Any]:
     return {
         "processor": processor(),
+        "instructions": instructions(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads,
         "system": platform.system(),
@@ -32,6 +33,18 @@ def processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def instructions() -> str:
+    """What decides how bf16 compares with fp32: ``AVX512``, and whether there are instructions for bf16 products."""
+    import torch
+
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        flags = set()
+    found = [name for name in ("avx512_bf16", "amx_bf16") if name in flags]
+    return f"{torch.backends.cpu.get_cpu_capability()}, {' and '.join(found) or 'no instructions for bf16 products'}"
 
 
 def version(name: str) -> str | None:

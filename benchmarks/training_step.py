@@ -1,4 +1,9 @@
-"""One training step of LoRA: forward and backward through a Llama layer with adapters on all linear layers."""
+"""A training step of LoRA.
+
+Each variant is measured with its error against fp64: Inlay as it is, with products in the adapter's fp32 (the policy's
+``compute="adapter"``, which is how peft computes), peft as it is, and peft with ``autocast_adapter_dtype=False``, whose
+adapters are bf16. Without dropout the exact values are those of the layer with the weights W + s B A.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from benchmarks.harness import Figure, Figures, Run, Target, at_most, row, stand
 WHAT = "forward and backward of a Llama layer (hidden 1024, inner 2816), LoRA on its 7 linear layers, 512 tokens"
 FLOOR = "the frozen layer with gradients through activations only"
 FULL = {"hidden": 1024, "inner": 2816, "tokens": 512}
-QUICK = {"hidden": 512, "inner": 1408, "rounds": 3}
+QUICK = {"hidden": 512, "inner": 1408, "tokens": 256, "rounds": 3}
 RATIOS = (
     "inlay / floor",
     "peft / inlay",
@@ -66,7 +71,6 @@ def lora(dtype: str, rank: int, dropout: float, *targets: Target):  # type: igno
 bf16_r16 = lora("bfloat16", 16, 0.0, at_most(1.20, 1.10), *ERRORS)
 bf16_r16_dropout = lora("bfloat16", 16, 0.1, at_most(1.45, 1.25))
 bf16_r64 = lora("bfloat16", 64, 0.0)
-bf16_r64_dropout = lora("bfloat16", 64, 0.1)
 fp32_r8 = lora("float32", 8, 0.0, at_most(1.10, 1.05))
 fp32_r8_dropout = lora("float32", 8, 0.1)
 fp32_r16 = lora("float32", 16, 0.0)
