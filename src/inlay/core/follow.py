@@ -11,7 +11,7 @@ from inlay.core.call import opened
 from inlay.core.state import BASE, State
 from inlay.errors import RoutingError
 
-__all__ = ["Follower", "follower_of"]
+__all__ = ["Follower", "base_modules", "follower_of"]
 
 
 class Follower(nn.Module):
@@ -197,6 +197,26 @@ class Follower(nn.Module):
         """The active adapter's name, or a list if it is not exactly one."""
         active = self.active
         return active[0] if len(active) == 1 else list(active)
+
+
+def base_modules(root: nn.Module) -> Iterator[nn.Module]:
+    """Iterate over ``root`` and the modules below it, each once and in the order of ``modules()``.
+
+    What hangs below a follower, of any number of adapters, is passed over: only what it stands for is entered.
+    """
+    seen: set[int] = set()
+    todo: list[Any] = [root]
+    while todo:
+        module = todo.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield module
+        below = module._modules
+        if isinstance(module, Follower):
+            todo.append(below.get(module.base_attribute))
+        elif below:
+            todo.extend(reversed(below.values()))
 
 
 def follower_of(module: nn.Module) -> Follower | None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from inlay.core.shared import register_shared, shared_names, unregister_shared
 from inlay.core.state import State, find_states
-from inlay.core.targets import standing
+from inlay.core.targets import first_standing, standing
 from inlay.errors import AdapterNameError, StateError
 
 __all__ = ["check_joinable", "joined", "offsets"]
@@ -50,6 +50,9 @@ def offsets(state: State, model: nn.Module) -> tuple[str, str]:
         What to put before the state's names (``model`` is larger than its root was), and what to put before the
         model's names (it is a part of it). At most one is not empty.
     """
+    first = first_standing(model)
+    if first is None or (first[1].state is state and first[1].site_path == first[0]):
+        return "", ""
     for place, follower in standing(model):
         if follower.state is not state:
             continue

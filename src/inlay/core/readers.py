@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from inlay.core.follow import follower_of
+from inlay.core.follow import base_modules, follower_of
 
 __all__ = ["fused_reader", "restore_readers", "silence_readers"]
 
@@ -31,15 +31,18 @@ _KEPT = "_inlay_switch"
 
 
 def _readers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    for module in model.modules():
+    classes = tuple(_SWITCHES)
+    for module in base_modules(model):
+        if not isinstance(module, classes):
+            continue
         for cls, (attribute, calling) in _SWITCHES.items():
             if isinstance(module, cls) and attribute in module.__dict__:
                 yield module, attribute, calling
 
 
 def _adapted(module: nn.Module) -> bool:
-    followers = map(follower_of, module.modules())
-    return any(follower is not None and follower.adapters_here() for follower in followers)
+    followers = map(follower_of, base_modules(module))
+    return any(follower is not None and not follower.is_bare for follower in followers)
 
 
 def fused_reader(family: str | None, path: str) -> bool:

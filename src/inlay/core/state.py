@@ -174,8 +174,10 @@ def check_adapter_name(name: object, taken: dict[str, Record] | None = None) -> 
 
 def find_states(model: nn.Module) -> list[State]:
     """Return the states of a model: none, one, or several if its parts were given adapters separately."""
+    from inlay.core.follow import base_modules
+
     found: dict[int, State] = {}
-    for module in model.modules():
+    for module in base_modules(model):
         state = module.__dict__.get("_state")
         if isinstance(state, State):
             found.setdefault(id(state), state)

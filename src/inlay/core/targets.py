@@ -11,15 +11,23 @@ from torch import nn
 from inlay.core.follow import Follower, follower_of
 from inlay.core.kind import kind_of
 from inlay.core.layer import AdaptedLayer
-from inlay.core.mount import ModuleCopies
 from inlay.core.shared import shared_names
 
-__all__ = ["ALL_LINEAR", "Place", "base_parameters", "linear_paths", "places", "shortened", "standing"]
+__all__ = [
+    "ALL_LINEAR",
+    "Place",
+    "base_parameters",
+    "first_standing",
+    "linear_paths",
+    "places",
+    "shortened",
+    "standing",
+]
 
 ALL_LINEAR = "all-linear"
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Place:
     """A module of the model as it was before any adapter came.
 
@@ -59,12 +67,19 @@ def standing(model: nn.Module) -> list[tuple[Place, Follower]]:
 
 def _found(model: nn.Module) -> tuple[list[Place], list[Place]]:
     """Return the places of modules, and those of the layers that others wrote over them."""
-    found: dict[int, Place] = {}
     covers: dict[int, Place] = {}
-    todo = list(reversed(_children(model, "")))
+    return list(_visited(model, covers)), list(covers.values())
+
+
+def _visited(model: nn.Module, covers: dict[int, Place]) -> Iterator[Place]:
+    """Iterate over the places of modules; parents and aliases of one may still come while the others are visited."""
+    found: dict[int, Place] = {}
+    todo: list[tuple[str, nn.Module, str, nn.Module]] = []
+    _enter(todo, model, "")
     while todo:
         path, parent, name, module = todo.pop()
-        known = found.get(id(module)) or covers.get(id(module))
+        key = id(module)
+        known = found.get(key) or covers.get(key)
         if known is not None:
             known.parents.append((parent, name))
             known.aliases.append(path)
@@ -72,27 +87,41 @@ def _found(model: nn.Module) -> tuple[list[Place], list[Place]]:
         place = Place(path, module, [(parent, name)], [])
         follower = follower_of(module)
         if follower is not None and follower is not module:
-            covers[id(module)] = place
+            covers[key] = place
             below = module._modules.get(follower.base_attribute)
             if below is not None:
                 todo.append((path, module, follower.base_attribute, below))
             continue
-        found[id(module)] = place
-        if isinstance(module, AdaptedLayer):
-            todo.extend(reversed(_children(module.get_base_layer(), path)))
-        elif not isinstance(module, ModuleCopies):
-            todo.extend(reversed(_children(module, path)))
-    return list(found.values()), list(covers.values())
+        found[key] = place
+        yield place
+        if follower is None:
+            _enter(todo, module, path)
+        elif isinstance(module, AdaptedLayer):
+            _enter(todo, module.get_base_layer(), path)
 
 
-def _children(parent: nn.Module, path: str) -> list[tuple[str, nn.Module, str, nn.Module]]:
-    """Return (path, parent, name, module) of the modules right below one."""
+def _enter(todo: list[tuple[str, nn.Module, str, nn.Module]], parent: nn.Module, path: str) -> None:
+    """Put (path, parent, name, module) of the modules right below one on a stack, the first on top."""
+    children = parent._modules
+    if not children:
+        return
     passed = shared_names(parent)
-    return [
-        (f"{path}.{name}" if path else name, parent, name, child)
-        for name, child in parent._modules.items()
-        if child is not None and name not in passed
-    ]
+    before = f"{path}." if path else ""
+    for name in reversed(children):
+        child = children[name]
+        if child is not None and name not in passed:
+            todo.append((before + name, parent, name, child))
+
+
+def first_standing(model: nn.Module) -> tuple[str, Follower] | None:
+    """Return the first thing that adapters put into the model, with its path."""
+    covers: dict[int, Place] = {}
+    for place in _visited(model, covers):
+        for one in (*covers.values(), place):
+            follower = follower_of(one.module)
+            if follower is not None:
+                return one.path, follower
+    return None
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -111,7 +140,14 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 found[f"{path}.{name}" if path else name] = parameter
-        todo.extend((below, child) for below, _, _, child in reversed(_children(module, path)))
+        children = module._modules
+        if children:
+            passed = shared_names(module)
+            todo.extend(
+                (f"{path}.{name}" if path else name, child)
+                for name, child in reversed(children.items())
+                if child is not None and name not in passed
+            )
     return found
 
 
