@@ -28,10 +28,10 @@ def compiled(layer: nn.Module, backend: str = "inductor") -> Callable[..., Any]:
     what="forward and backward of a Llama layer under torch.compile, LoRA on its 7 linear layers, 512 tokens",
     floor="the frozen layer compiled, with gradients through activations only",
     targets=(at_most(1.20, 1.10),),
-    full={"hidden": 1024, "inner": 2816, "tokens": 512},
+    full={"hidden": 1024, "inner": 2816, "tokens": 512, "rounds": 5},
     quick={"hidden": 512, "inner": 1408, "tokens": 256, "rounds": 3},
 )
-def compiled_step(run: Run, hidden: int, inner: int, tokens: int, rounds: int = 15) -> Figures:
+def compiled_step(run: Run, hidden: int, inner: int, tokens: int, rounds: int) -> Figures:
     block = Block.make(torch.bfloat16, hidden, inner, tokens)
     models = {"floor": block.base.train()}
     for name, library in run.libraries().items():

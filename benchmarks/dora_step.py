@@ -11,18 +11,18 @@ from benchmarks.harness import Figure, Figures, Run, at_least, at_most, row, sta
 from benchmarks.kept_bytes import saved_bytes
 
 
-def step(run: Run, dropout: float, hidden: int, inner: int, tokens: int, rounds: int = 15) -> Figures:
+def step(run: Run, dropout: float, hidden: int, inner: int, tokens: int, rounds: int) -> Figures:
     block = Block.make(torch.bfloat16, hidden, inner, tokens)
     config = {"r": 16, "lora_alpha": 16, "lora_dropout": dropout}
     models = block.variants(run, **config, use_dora=True)
     for name, library in run.libraries().items():
         models[f"{name} LoRA"] = block.adapted(library, **config)
-    layers = {name: block.layer(model) for name, model in models.items()}
+    timed = ["floor", *run.libraries(), *(f"{name} LoRA" for name in run.libraries())]
+    layers = {name: block.layer(models[name]) for name in timed}
     timings = run.alternate({name: lambda layer=layer: block.step(layer) for name, layer in layers.items()}, rounds)
-    figures = timings.figures("inlay / floor", "peft / inlay", "peft / floor", "peft bf16 adapters / inlay")
+    figures = timings.figures("inlay / floor", "peft / inlay", "peft / floor")
     for name in run.libraries():
         figures[f"{name} / own LoRA"] = timings.over(name, f"{name} LoRA")
-    figures["inlay fp32 products / own LoRA"] = timings.over("inlay fp32 products", "inlay LoRA")
     kept = {name: saved_bytes(block, models[name]) for name in ("floor", *run.libraries())}
     for name in run.libraries():
         figures[f"bytes kept, {name} - floor"] = Figure(kept[name] - kept["floor"], unit="B")
@@ -30,8 +30,8 @@ def step(run: Run, dropout: float, hidden: int, inner: int, tokens: int, rounds:
         figures["bytes kept, peft / inlay"] = Figure((kept["peft"] - kept["floor"]) / (kept["inlay"] - kept["floor"]))
     if dropout == 0:
         right = exact(block, models["inlay"], 1.0, dora=True)
-        for name in set(models) - {"floor"}:
-            if not name.endswith("LoRA"):
+        for name in models:
+            if name != "floor" and not name.endswith("LoRA"):
                 output, gradient = errors(gradients(block, models[name]), right)
                 figures[f"error of the output, {name}"] = Figure(output, unit="rel")
                 figures[f"error of the gradients, {name}"] = Figure(gradient, unit="rel")
@@ -47,7 +47,7 @@ def dora(dropout: float, gate: float) -> Any:
             at_most(gate, 1.08, of="inlay / own LoRA"),
             at_least(5, of="bytes kept, peft / inlay"),
         ),
-        full={"dropout": dropout, "hidden": 1024, "inner": 2816, "tokens": 512},
+        full={"dropout": dropout, "hidden": 1024, "inner": 2816, "tokens": 512, "rounds": 5},
         quick={"hidden": 512, "inner": 1408, "tokens": 256, "rounds": 3},
     )(step)
 

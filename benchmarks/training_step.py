@@ -31,9 +31,7 @@ ERRORS = tuple(
 )
 
 
-def step(
-    run: Run, dtype: str, rank: int, dropout: float, hidden: int, inner: int, tokens: int, rounds: int = 15
-) -> Figures:
+def step(run: Run, dtype: str, rank: int, dropout: float, hidden: int, inner: int, tokens: int, rounds: int) -> Figures:
     block = Block.make(getattr(torch, dtype), hidden, inner, tokens)
     models = block.variants(run, r=rank, lora_alpha=rank, lora_dropout=dropout)
     layers = {name: block.layer(model) for name, model in models.items()}
@@ -63,7 +61,7 @@ def lora(dtype: str, rank: int, dropout: float, *targets: Target):  # type: igno
         what=WHAT,
         floor=FLOOR,
         targets=targets or (at_most(None),),
-        full={"dtype": dtype, "rank": rank, "dropout": dropout, **FULL},
+        full={"dtype": dtype, "rank": rank, "dropout": dropout, **FULL, "rounds": 5 if dtype == "bfloat16" else 15},
         quick=QUICK,
     )(step)
 
