@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import islice
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["InPlace", "add_low_rank", "low_rank_updates", "matrix_in_place"]
 
+Factors: TypeAlias = Sequence[tuple[Tensor, Tensor, float]]  # (B, A, scale) of each update
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Rows of a half-precision weight pass through a buffer of this many bytes: on a CPU it stays in the second-level cache.
 _BUFFER = {"cpu": 512 * 1024}
@@ -71,45 +70,39 @@ def add_low_rank(weight: Tensor, updates: Sequence[LowRank], out: Tensor, start:
         updates: their factors have the same axes.
         start: steps to leave out because they were done; each raises the version of ``out`` by one.
     """
-    for step in islice(_steps(weight, updates, out), start, None):
-        step()
-
-
-def _steps(weight: Tensor, updates: Sequence[LowRank], out: Tensor) -> Iterator[Callable[[], object]]:
     compute = torch.promote_types(merge_dtype(weight.dtype), merge_dtype(out.dtype))
-    direct = weight.dtype == out.dtype == compute
-    buffer: Tensor | None = None
-    banks = [()] if weight.dim() == 2 else [(expert,) for expert in range(weight.shape[0])]
-    for bank in banks:
+    steps = _whole if weight.dtype == out.dtype == compute else _by_rows
+    for bank in [()] if weight.dim() == 2 else [(expert,) for expert in range(weight.shape[0])]:
         source, result = weight[bank], out[bank]
         factors = [(delta.B[bank], delta.A[bank], float(delta.scale)) for delta in updates]
         if result.stride(-1) != 1 and result.stride(0) == 1:  # rows of the memory are columns of the matrix
             source, result = source.t(), result.t()
             factors = [(A.t(), B.t(), scale) for B, A, scale in factors]
-        if direct:
-            for B, A, scale in factors:
-                yield partial(torch.addmm, source, B.to(compute), A.to(compute), alpha=scale, out=result)
-                source = result
-            continue
-        factors = [(B, A.to(compute), scale) for B, A, scale in factors]
-        size = _BUFFER.get(out.device.type, _BUFFER_ELSEWHERE) // compute.itemsize
-        rows = min(max(1, size // max(1, result.shape[1])), max(1, result.shape[0]))
-        if buffer is None:
-            buffer = torch.empty(rows, result.shape[1], dtype=compute, device=out.device)
-        for first in range(0, result.shape[0], rows):
-            part = slice(first, first + rows)
-            held = [(B[part], A, scale) for B, A, scale in factors]
-            yield partial(_round_once, source[part], held, result[part], buffer)
+        start -= steps(source, factors, result, compute, max(0, start))
 
 
-def _round_once(
-    source: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]], result: Tensor, buffer: Tensor
-) -> None:
-    sums = buffer[: source.shape[0]]
-    sums.copy_(source)
-    for B, A, scale in factors:
-        sums.addmm_(B.to(sums.dtype), A, alpha=scale)
-    result.copy_(sums)
+def _whole(source: Tensor, factors: Factors, result: Tensor, compute: torch.dtype, start: int) -> int:
+    """Add in the dtype of the memory; return the number of steps, those left out included."""
+    for step, (B, A, scale) in enumerate(factors):
+        if step >= start:
+            torch.addmm(source if step == 0 else result, B.to(compute), A.to(compute), alpha=scale, out=result)
+    return len(factors)
+
+
+def _by_rows(source: Tensor, factors: Factors, result: Tensor, compute: torch.dtype, start: int) -> int:
+    """Add in a wider dtype, some rows at a time; return the number of steps, those left out included."""
+    columns = max(1, result.shape[1])
+    rows = max(1, _BUFFER.get(result.device.type, _BUFFER_ELSEWHERE) // (compute.itemsize * columns))
+    buffer = torch.empty(min(rows, result.shape[0]), result.shape[1], dtype=compute, device=result.device)
+    sources, results = source.split(rows), result.split(rows)
+    parts = [(B.split(rows), A.to(compute), scale) for B, A, scale in factors]
+    for step in range(start, len(results)):
+        sums = buffer[: results[step].shape[0]]
+        sums.copy_(sources[step])
+        for B, A, scale in parts:
+            sums.addmm_(B[step].to(compute), A, alpha=scale)
+        results[step].copy_(sums)
+    return len(results)
 
 
 class InPlace:
