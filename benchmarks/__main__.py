@@ -45,6 +45,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
 def main(given: Sequence[str]) -> int:
     chosen = arguments(given)
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(chosen.threads)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler that counts bytes warns of what came before it
     every = "all" in chosen.names or not chosen.names
     names = catalogue.scripts() if every else [name for name in chosen.names if name != "report"]
     if chosen.list:

@@ -71,13 +71,14 @@ def left_bytes(block: Block, model: nn.Module) -> int:
     return allocated_bytes(lambda: block.forward(layer))[1]
 
 
-def bytes_row(dtype: str, rank: int, dropout: float, *targets: Any, **more: Any) -> Any:
+def bytes_row(dtype: str, rank: int, dropout: float, *targets: Any) -> Any:
     return row(
         f"bytes kept for backward, LoRA {dtype} r{rank}, p = {dropout:g}",
         what=WHAT,
         floor=FLOOR,
         targets=targets,
         full={"dtype": dtype, "rank": rank, "dropout": dropout, **SIZES},
+        quick={"hidden": 256, "inner": 704, "tokens": 128},
     )(kept)
 
 

@@ -27,7 +27,9 @@ def import_everything(run: Run, threads: int) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    run.libraries()
+    for library in run.libraries().values():
+        for name in getattr(library, "__all__", ()):  # what is loaded lazily
+            getattr(library, name, None)
     gc.collect()
     gc.freeze()
 

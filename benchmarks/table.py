@@ -12,7 +12,7 @@ COLOURS = {"goal": "green", "gate": "cyan", "missed": "red", "-": "dim"}
 
 
 def number(value: float, unit: str = "") -> str:
-    """Three significant digits with the unit: ``1.04x``, ``17.7 MiB``, ``1.3e-03``, ``0.2 ms``."""
+    """Three significant digits with the unit: ``1.24x``, ``17.7 MiB``, ``1.3e-03``, ``0.2 ms``."""
     if unit == "B":
         for name, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
             if abs(value) >= size:
@@ -27,14 +27,14 @@ def number(value: float, unit: str = "") -> str:
         return f"{value:.1e}"
     if unit == "" and value == int(value):
         return str(int(value))
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 3 if unit == "x" and 0.9 < value < 1.1 else 2
     return f"{value:.{digits}f}" + (unit if unit in ("", "x") else f" {unit}")
 
 
 def bound(target: Target, value: float | None, unit: str) -> str:
     if value is None:
         return ""
-    return f"{'>=' if target.least else '<='} {number(value, unit)}"
+    return f"{'>=' if target.least else '<='} {f'{value:g}x' if unit == 'x' else number(value, unit)}"
 
 
 def spread(figure: Figure | None) -> str:

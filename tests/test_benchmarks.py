@@ -109,14 +109,14 @@ def test_each_target_is_a_line_with_peft_beside_it() -> None:
     row = Row("a row", "", (at_most(1.2, 1.1),), lambda run: {}, "a floor")
     figures = {"inlay / floor": Figure(1.15, 1.1, 1.2), "peft / floor": Figure(1.5), "peft / inlay": Figure(1.3)}
     assert list(lines(row, figures)) == [
-        ("a row", "inlay / floor", "<= 1.20x", "<= 1.10x", "1.15x", "1.10x - 1.20x", "1.50x", "gate"),
+        ("a row", "inlay / floor", "<= 1.2x", "<= 1.1x", "1.15x", "1.10x - 1.20x", "1.50x", "gate"),
         ("", "peft / inlay", "", "", "1.30x", "", "", ""),
     ]
 
 
 def test_numbers_carry_their_units() -> None:
-    values = [(1.234, "x"), (150.2, "x"), (0.00012, "s"), (1 << 20, "B"), (3, ""), (0.0012, "rel")]
-    assert [number(*value) for value in values] == ["1.23x", "150x", "120 us", "1 MiB", "3", "1.2e-03"]
+    values = [(1.234, "x"), (1.0234, "x"), (150.2, "x"), (0.00012, "s"), (1 << 20, "B"), (3, ""), (0.0012, "rel")]
+    assert [number(*value) for value in values] == ["1.23x", "1.023x", "150x", "120 us", "1 MiB", "3", "1.2e-03"]
     assert bound(at_most(4 << 20), 4 << 20, "B") == "<= 4 MiB"
 
 
