@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 
+from inlay.core.routes import Routes
+
 if TYPE_CHECKING:
     from inlay.core.state import State
 
-__all__ = ["Call", "call_in_force", "call_of", "may_be_checkpointed", "opened"]
+__all__ = ["Call", "call_in_force", "call_of", "may_be_checkpointed", "open_calls", "opened"]
 
 _CHECKPOINT_FILE = torch_checkpoint.__file__
 _MARK = "_inlay_calls"
@@ -40,6 +42,7 @@ class Call:
         active: the active adapters, where they are not those that the state has now: a checkpointed block is recomputed
             with the ones that it ran with.
         expand: beams or return sequences per sample; a layer may see that many rows of each, one after the other.
+        routes: which rows each adapter serves, for all layers; None where code is traced.
     """
 
     state: State
@@ -47,6 +50,7 @@ class Call:
     disabled: bool = False
     active: tuple[str, ...] | None = None
     expand: int = 1
+    routes: Routes | None = None
 
     def names_for(self, x: Any) -> tuple[str, ...]:
         """Return the adapter of each row of a layer's input."""
@@ -64,6 +68,7 @@ class _Local(threading.local):
 
 
 _local = _Local()
+open_calls = _local  # its ``calls`` are those that the running thread has open
 
 
 @contextmanager
@@ -74,7 +79,8 @@ def opened(
     before = _local.calls
     call = next((outer for outer in reversed(before) if outer.state is state), None) or Call(state)
     if names is not None:
-        call = replace(call, names=tuple(names), expand=expand)
+        routes = None if torch.compiler.is_compiling() else Routes(names)
+        call = replace(call, names=tuple(names), expand=expand, routes=routes)
     if disabled is not None:
         call = replace(call, disabled=disabled)
     _local.calls = (*before, call)

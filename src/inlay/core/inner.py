@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from inlay.core.affine import Affine, Delta
+from inlay.core.affine import Affine, Delta, Dense, LowRank
 from inlay.core.dtype import product_dtype
-from inlay.kernels.table import apply_delta
+from inlay.core.fused import Updates, active_dropout, delta_reason, fused_dtype, input_reason, run_updates
+from inlay.core.method import P
+from inlay.kernels.table import apply_delta, sum_of
 from inlay.parallel.tensors import decide, in_blocks
 
 if TYPE_CHECKING:
@@ -58,6 +60,50 @@ class Inner:
     def is_base(self) -> bool:
         """Whether nothing but the base layer is below, so that ``inner(x)`` is its own output."""
         return self.depth == 0 and not self.layer.merged
+
+    def plus(self, x: Tensor, p: P, delta: Delta, gain: Tensor | None = None) -> Tensor:
+        """Return the output of what is below with an update added to it.
+
+        Args:
+            x: the layer's input.
+            p: the adapter's dropout is applied to the update's input.
+            delta: the update.
+            gain: (*experts, out) multiplies every row of the untouched weight and of the update, but no bias.
+        """
+        fused = self._fused(x, p, delta, gain)
+        if fused is not None:
+            return fused
+        y = self(x)
+        dropped = p.drop(x)
+        if gain is None:
+            layer = self.layer
+            return sum_of(layer.kind, layer.leaf_layer, layer.site, y, dropped, delta, layer.compute)
+        site, base = self.layer.site, self.base_affine()
+        if self.is_base and (dropped is x or self.layer.state.policy.own_dropout):
+            plain = y if base.bias is None else y - site.along_output(base.bias)
+        else:
+            plain = self.apply(dropped, Dense(base.weight))
+        gain = site.along_output(gain)
+        return (y + (gain - 1) * plain + gain * self.apply(dropped, delta)).to(y.dtype)
+
+    def _fused(self, x: Tensor, p: P, delta: Delta, gain: Tensor | None) -> Tensor | None:
+        """Take the fused path, if there is one for this layer, this update and this input."""
+        layer = self.layer
+        if layer.kind.name != "linear" or not self.is_base or torch.compiler.is_compiling():
+            return None
+        if input_reason(x) is not None or delta_reason(delta) is not None:
+            return None
+        drop = active_dropout(p)
+        bias = None
+        if gain is not None:
+            if drop is not None and not layer.state.policy.own_dropout:
+                return None  # PEFT also drops the input of the base product
+            bias = self.base_affine().bias
+            if type(gain) is not Tensor:
+                return None
+        assert isinstance(delta, LowRank)
+        updates = Updates([delta], [drop], fused_dtype(layer, [delta], x))
+        return run_updates(layer, (self.chain[0],), updates, x, self.args, self.kwargs, gain, bias)
 
     def apply(self, x: Tensor, delta: Delta) -> Tensor:
         """Return the update's share of the output for input ``x``."""

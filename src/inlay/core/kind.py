@@ -111,6 +111,13 @@ class Kind:
             tensors[self.bias_name] = affine.bias
         return tensors
 
+    def plain_tensors(self, module: Any) -> tuple[Tensor, Tensor | None] | None:
+        """Return weight (out, in) and bias if calling the module does nothing but ``x @ weight.T + bias``; else None.
+
+        Hooks are the caller's business.
+        """
+        return None
+
     def adapt(self, module: Any, site: Site, state: State) -> AdaptedLayer:
         """Return the adapted layer that is to stand where the module stands."""
         from inlay.core.layer import AdaptedLayer

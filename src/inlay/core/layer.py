@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,20 +10,22 @@ from torch import Tensor, nn
 from inlay.core import storage
 from inlay.core.affine import Affine, Site
 from inlay.core.call import Call, call_in_force
+from inlay.core.chain import ChainHolder
 from inlay.core.dtype import merge_dtype
 from inlay.core.entry import Entry, OptionView, find_tensor
+from inlay.core.fused import run_chain
 from inlay.core.inner import Inner
 from inlay.core.kind import Kind
 from inlay.core.method import P
-from inlay.core.state import BASE, State
-from inlay.core.surface import LayerSurface
-from inlay.errors import RoutingError, StateError, UnsupportedError
+from inlay.core.mixed import run_routed
+from inlay.core.state import State
+from inlay.errors import StateError
 from inlay.parallel.tensors import gather, is_distributed, replicate, scatter
 
 __all__ = ["AdaptedLayer"]
 
 
-class AdaptedLayer(LayerSurface):
+class AdaptedLayer(ChainHolder):
     """A layer with adapters: the untouched layer as ``base_layer``, and a chain of methods over it.
 
     Attributes that it does not have are the base layer's, so ``weight``, ``bias`` or ``in_features`` can be read.
@@ -41,9 +42,8 @@ class AdaptedLayer(LayerSurface):
         own["entries"] = {}
         own["_kept"] = {}  # base tensors as they were before merging
         own["shares"] = ()  # paths of other layers that hold the same weight
-        own["_chain"] = (-1, ())
-        self._modules["base_layer"] = base
-        self.training = base.training
+        own["_modules"]["base_layer"] = base
+        own["training"] = base.training
         self.join(state)
 
     # -- attributes ---------------------------------------------------------------------------------------------
@@ -68,10 +68,6 @@ class AdaptedLayer(LayerSurface):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}, and neither has its base layer")
         return found
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__["_chain"] = (-1, ())
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         for entries in self.entries.values():
@@ -87,47 +83,6 @@ class AdaptedLayer(LayerSurface):
     def leaf_layer(self) -> nn.Module:
         """The module whose tensors are the layer's map."""
         return self._modules["base_layer"]  # type: ignore[return-value]
-
-    # -- who is on ------------------------------------------------------------------------------------------------
-
-    def check_active(self, names: Iterable[str]) -> None:
-        """Refuse adapters that cannot be active together here, on top of what is merged.
-
-        Raises:
-            UnsupportedError: names the two and says why.
-        """
-        below: list[Entry] = []
-        for name in dict.fromkeys((*self._merged, *names)):
-            for entry in self.entries.get(name, ()):
-                for other in below:
-                    reason = entry.method.conflict(entry.site, other.method)
-                    if reason is not None:
-                        raise UnsupportedError(
-                            f"{self.site.name!r}: {name!r} and {other.name!r} cannot be active together: {reason}"
-                        )
-                below.append(entry)
-
-    def _resolve(self) -> tuple[Entry, ...]:
-        if not self.enabled:
-            return ()
-        return self._entries_of(self.active)
-
-    def _entries_of(self, names: tuple[str, ...]) -> tuple[Entry, ...]:
-        merged = self._merged
-        return tuple(entry for name in names if name not in merged for entry in self.entries.get(name, ()))
-
-    def chain(self, call: Call | None = None) -> tuple[Entry, ...]:
-        """Entries over the base layer, the lowest first, as the state says, or the call that is in force."""
-        if call is not None and call.active is not None and self.__dict__["_own_active"] is None:
-            return self._entries_of(call.active) if self.enabled else ()
-        if torch.compiler.is_compiling():
-            return self._resolve()
-        version = self.__dict__["_state"].version
-        cached = self.__dict__["_chain"]
-        if cached[0] != version:
-            cached = (version, self._resolve())
-            self.__dict__["_chain"] = cached
-        return cached[1]
 
     # -- tensors ------------------------------------------------------------------------------------------------------
 
@@ -245,6 +200,10 @@ class AdaptedLayer(LayerSurface):
         else:
             kwargs = dict(kwargs)
             x = kwargs.pop(next(iter(kwargs)))
+        if not torch.compiler.is_compiling() and self.why_not_fused(chain) is None:
+            y = run_chain(self, chain, x, args, kwargs)
+            if y is not None:
+                return y
         return Inner(self, chain, len(chain), args, kwargs)(x)
 
     def _run_affine(self, affine: Affine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -253,17 +212,7 @@ class AdaptedLayer(LayerSurface):
 
     def _routed(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run each adapter on the samples that ask for it."""
-        assert call.names is not None
-        x = args[0] if args else next(iter(kwargs.values()))
-        if self._merged:
-            raise RoutingError(
-                f"{self.site.name!r} has adapters merged ({', '.join(self._merged)}); unmerge them before choosing "
-                "adapters by sample"
-            )
-        wanted = {name if name in self.entries else BASE for name in call.names}
-        if len(wanted) == 1:
-            return self._run_named(wanted.pop(), args, kwargs)
-        return self.kind.routed(self, call.names_for(x), self._run_named, args, kwargs)
+        return run_routed(self, call, args, kwargs)
 
     def _run_named(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the layer with one adapter over it, or bare where it lacks that adapter."""
@@ -282,7 +231,7 @@ class AdaptedLayer(LayerSurface):
             storage.write(leaf, name, tensor)
         self.__dict__["_merged"] = merged
         self.__dict__["_kept"] = kept
-        self.__dict__["_chain"] = (-1, ())
+        self._forget_chain()
 
     def restore(self) -> None:
         """Put back, bitwise, what was there before anything was merged.

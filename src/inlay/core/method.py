@@ -6,6 +6,8 @@ activation space is cheaper. A method names no layer class, no storage, no adapt
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -50,6 +52,14 @@ class P:
         return self._dropout(x)
 
 
+@cache
+def _patterned(cls: type[Method]) -> tuple[str, ...] | None:
+    """Return ``patterned`` of a class, None where a subclass answers otherwise than the class that declared it."""
+    answers = {"alike", "options", "patterned", "note", "refuse", "slots"}
+    first = next(one for one in cls.__mro__ if not answers.isdisjoint(one.__dict__))
+    return first.__dict__.get("patterned")
+
+
 class Method:
     """Base class of every method; see the module's docstring for what a subclass gives.
 
@@ -62,6 +72,8 @@ class Method:
         ties: layers that share the weight of an adapted embedding are adapted with it, without being asked.
         unread: options that the mathematics does not read; compiled code must not depend on their values.
         shown: config fields that can be read on a layer by adapter name (``layer.use_dora["default"]``).
+        patterned: the pattern fields of the config, where they are all that tells sites of one form apart: ``slots``,
+            ``options``, ``refuse`` and ``note`` are then asked once for all alike. None: they are asked for every site.
     """
 
     config_class: ClassVar[type[Any]]
@@ -72,6 +84,7 @@ class Method:
     ties: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
     shown: ClassVar[tuple[str, ...]] = ()
+    patterned: ClassVar[tuple[str, ...] | None] = None
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -80,6 +93,14 @@ class Method:
     def by_pattern(self, field: str, site: Site, default: Any) -> Any:
         """Return the value that a pattern field of the config (``rank_pattern``) gives for a site."""
         return pattern_value(getattr(self.config, field), site.patterns or site.name, default, self.prefix_patterns)
+
+    def alike(self, site: Site) -> Hashable:
+        """Return a key that two sites have in common if this method treats them alike, their names aside."""
+        fields = _patterned(type(self))
+        if fields is None:
+            return site
+        values = (self.by_pattern(field, site, None) for field in fields if getattr(self.config, field))
+        return site.form, *values
 
     # -- what a method must give --------------------------------------------------------------------------------
 
@@ -129,8 +150,7 @@ class Method:
     def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
         """Activation space: return the adapted output; must equal the layer run with ``rewrite``'s result."""
         if self.additive:
-            y = inner(x)
-            return (y + inner.apply(p.drop(x), self.update(site, p))).to(y.dtype)
+            return inner.plus(x, p, self.update(site, p))
         return inner.run(x, self.rewrite(site, p, inner.affine(), inner.base_affine()))
 
     @classmethod

@@ -25,6 +25,11 @@ class Policy:
             output projection, dropout that is ignored in weight space, one full copy of a module at a time).
         starts_over: a model that is wrapped already may be wrapped again, and an adapter's name taken again: the older
             one is replaced, with a warning.
+        own_dropout: an adapter's dropout may draw its mask in a cheaper way than ``torch.nn.functional.dropout``, one
+            for all layers that read the same input, and DoRA's acts on the low-rank update alone.
+        share_inputs: layers that read the same tensor go down to their ranks in one product, which changes the last
+            bits of what they give, from the second forward on. None: on accelerators only, where launches cost more
+            than the products; on a CPU three narrow products cost what one does.
         prefix_patterns: a pattern key may be a whole dotted prefix of a path.
         lenient_combining: combining adapters into a name that exists changes nothing, and one adapter alone is only
             scaled, whatever rank is asked for.
@@ -41,6 +46,8 @@ class Policy:
     own_seed: bool
     peft_layers: bool
     starts_over: bool
+    own_dropout: bool
+    share_inputs: bool | None
     prefix_patterns: bool
     lenient_combining: bool
 
@@ -57,6 +64,8 @@ INLAY = Policy(
     own_seed=True,
     peft_layers=False,
     starts_over=False,
+    own_dropout=True,
+    share_inputs=None,
     prefix_patterns=True,
     lenient_combining=False,
 )
@@ -72,6 +81,8 @@ PEFT = Policy(
     own_seed=False,
     peft_layers=True,
     starts_over=True,
+    own_dropout=False,
+    share_inputs=None,
     prefix_patterns=False,
     lenient_combining=True,
 )

@@ -59,6 +59,23 @@ def apply_delta(kind: Kind, module: nn.Module, site: Site, x: Tensor, delta: Del
     return y
 
 
+def sum_of(kind: Kind, module: nn.Module, site: Site, y: Tensor, x: Tensor, delta: Delta, compute: str) -> Tensor:
+    """Return ``y``, the layer's output, with what ``delta`` adds to it for input ``x``; in the dtype of ``y``."""
+    if kind.name == "linear" and isinstance(delta, LowRank) and all(_plain(t) for t in (y, delta.A, delta.B)):
+        cast = _cast(kind, module, site, x, delta, compute)
+        assert isinstance(cast, LowRank)
+        if cast.A.dtype == y.dtype and isinstance(delta.scale, (int, float)):  # one kernel adds product and scale
+            t = torch.nn.functional.linear(x.to(y.dtype), cast.A)
+            flat, width = y.reshape(-1, y.shape[-1]), t.shape[-1]
+            total = torch.addmm(flat, t.reshape(-1, width), cast.B.t(), alpha=float(delta.scale)).view(y.shape)
+            return total if delta.bias is None else total + (delta.bias * delta.scale).to(y.dtype)
+    return (y + apply_delta(kind, module, site, x, delta, compute)).to(y.dtype)
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
 def _cast(kind: Kind, module: nn.Module, site: Site, x: Tensor, delta: Delta, compute: str) -> Delta:
     """Bring the factors of a low-rank update to the dtype that the products run in."""
     if not isinstance(delta, LowRank):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from inlay.core import storage
 from inlay.core.affine import Affine, Site
+from inlay.core.bare import bare
 from inlay.core.kind import Holder, Kind
 from inlay.core.slot import Slot
 
@@ -24,12 +25,11 @@ def is_conv1d(cls: type[nn.Module]) -> bool:
 
 def bare_linear(in_features: int, out_features: int) -> nn.Linear:
     """Return an ``nn.Linear`` that has no tensors yet: a tenth of the cost of its constructor."""
-    linear = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(linear)
-    linear.in_features = in_features
-    linear.out_features = out_features
-    linear._parameters["weight"] = None
-    linear._parameters["bias"] = None
+    linear = bare(nn.Linear)
+    own = linear.__dict__
+    own["in_features"] = in_features
+    own["out_features"] = out_features
+    own["_parameters"] = {"weight": None, "bias": None}
     return linear
 
 
@@ -43,10 +43,11 @@ class Linear(Kind):
         return isinstance(module, nn.Linear) or is_conv1d(type(module))
 
     def site(self, name: str, module: Any) -> Site:
-        if is_conv1d(type(module)):
+        if not isinstance(module, nn.Linear):
             channels, out = module.weight.shape
             return Site(name, self.name, int(out), int(channels), bias=True, transposed=True)
-        return Site(name, self.name, int(module.out_features), int(module.in_features), bias=module.bias is not None)
+        biased = module._parameters["bias"] is not None if "bias" in module._parameters else module.bias is not None
+        return Site(name, self.name, int(module.out_features), int(module.in_features), bias=biased)
 
     def to_matrix(self, site: Site, stored: Tensor) -> Tensor:
         return stored.t() if site.transposed else stored
@@ -70,6 +71,17 @@ class Linear(Kind):
         dtype = dtype or x.dtype
         bias = None if affine.bias is None else affine.bias.to(dtype)
         return torch.nn.functional.linear(x.to(dtype), affine.weight.to(dtype), bias)
+
+    def plain_tensors(self, module: Any) -> tuple[Tensor, Tensor | None] | None:
+        cls, held = type(module), module._parameters
+        weight = held.get("weight")
+        if weight is None or "bias" not in held:
+            return None
+        if cls.forward is nn.Linear.forward:
+            return weight, held["bias"]
+        if is_conv1d(cls) and cls.forward is sys.modules["transformers.pytorch_utils"].Conv1D.forward:
+            return weight.t(), held["bias"]
+        return None
 
     def leaf(self, site: Site, slot: Slot) -> nn.Module:
         if slot.leaf in ("down", "up") and len(slot.shape) == 2:

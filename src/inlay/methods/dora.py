@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from inlay.core.affine import Affine, Dense, Site
+from inlay.core.affine import Affine, Site
 from inlay.core.method import P
 from inlay.core.remember import remembered
 from inlay.core.slot import Constant, Slot
@@ -64,12 +64,4 @@ class DoRA(LoRA):
         return Affine(layer.weight + (gain - 1) * base.weight + gain * self.update(site, p).dense(), layer.bias)
 
     def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
-        y = inner(x)
-        base = inner.base_affine()
-        dropped = p.drop(x)
-        if dropped is x and inner.is_base:
-            plain = y if base.bias is None else y - site.along_output(base.bias)
-        else:
-            plain = inner.apply(dropped, Dense(base.weight))
-        gain = site.along_output(self.gain(site, p, base))
-        return (y + (gain - 1) * plain + gain * inner.apply(dropped, self.update(site, p))).to(y.dtype)
+        return inner.plus(x, p, self.update(site, p), self.gain(site, p, inner.base_affine()))

@@ -73,11 +73,11 @@ def train(config: RunConfig, display: Display, resume: bool = False) -> Outcome:
         output.refuse_used(folder)
     prepared = prepare(config)
 
+    import torch
+
     from inlay.training.order import Examples, Pace, Passes
     from inlay.training.reports import MetricsFile, Reporter, draw_losses, read_metrics
     from inlay.training.trainer import AdapterTrainer, checkpoints, training_arguments
-
-    import torch
 
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     examples = prepared.train.examples

@@ -1,0 +1,113 @@
+"""The chain of a layer: which adapters run on it, resolved once per version of the state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from inlay.core.call import Call
+from inlay.core.entry import Entry
+from inlay.core.surface import LayerSurface
+from inlay.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from inlay.core.ready import Ready
+    from inlay.core.state import State
+
+__all__ = ["ChainHolder"]
+
+
+class ChainHolder(LayerSurface):
+    """Has a chain over its base layer, and knows whether the chain is one sum of low-rank updates."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # before torch's own call, which costs as much as a small product
+        if len(args) == 1 and not kwargs and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            own = self.__dict__
+            held = own["_ready"]
+            if held[0] != own["_state"].version or held[1] is not own["training"]:
+                held = self._make_ready()
+            if held[2] is not None:
+                y = held[2].run(args[0])
+                if y is not None:
+                    return y
+        return super().__call__(*args, **kwargs)
+
+    def join(self, state: State) -> None:
+        super().join(state)
+        self._forget_chain()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_chain()
+
+    def _forget_chain(self) -> None:
+        own = self.__dict__
+        own["_chain"] = (-1, ())
+        own["_ready"] = (-1, False, None)  # (version, training, the short way without gradient)
+        own["_fused"] = (-1, {})  # chain -> why it is not fused, or None
+
+    def check_active(self, names: Iterable[str]) -> None:
+        """Refuse adapters that cannot be active together here, on top of what is merged.
+
+        Raises:
+            UnsupportedError: names the two and says why.
+        """
+        below: list[Entry] = []
+        for name in dict.fromkeys((*self._merged, *names)):
+            for entry in self.entries.get(name, ()):
+                for other in below:
+                    reason = entry.method.conflict(entry.site, other.method)
+                    if reason is not None:
+                        raise UnsupportedError(
+                            f"{self.site.name!r}: {name!r} and {other.name!r} cannot be active together: {reason}"
+                        )
+                below.append(entry)
+
+    def _resolve(self) -> tuple[Entry, ...]:
+        if not self.enabled:
+            return ()
+        return self._entries_of(self.active)
+
+    def _entries_of(self, names: tuple[str, ...]) -> tuple[Entry, ...]:
+        merged = self._merged
+        return tuple(entry for name in names if name not in merged for entry in self.entries.get(name, ()))
+
+    def chain(self, call: Call | None = None) -> tuple[Entry, ...]:
+        """Entries over the base layer, the lowest first, as the state says, or the call that is in force."""
+        own = self.__dict__
+        if call is not None and call.active is not None and own["_own_active"] is None:
+            return self._entries_of(call.active) if self.enabled else ()
+        if torch.compiler.is_compiling():
+            return self._resolve()
+        version = own["_state"].version
+        cached = own["_chain"]
+        if cached[0] != version:
+            cached = (version, self._resolve())
+            own["_chain"] = cached
+        found: tuple[Entry, ...] = cached[1]
+        return found
+
+    def _make_ready(self) -> tuple[int, bool, Ready | None]:
+        """Resolve the short way without gradient for the state as it is."""
+        from inlay.core.ready import ready_for
+
+        held = (self.state.version, self.training, ready_for(self, self._resolve()))  # type: ignore[arg-type]
+        self.__dict__["_ready"] = held
+        return held
+
+    def why_not_fused(self, chain: tuple[Entry, ...]) -> str | None:
+        """Return why a chain cannot run as one sum of low-rank updates, whatever the input is, or None."""
+        from inlay.core.fused import chain_reason
+
+        version = self.__dict__["_state"].version
+        held = self.__dict__["_fused"]
+        if held[0] != version:
+            held = self.__dict__["_fused"] = (version, {})
+        reasons: dict[tuple[Entry, ...], str | None] = held[1]
+        if chain not in reasons:
+            with torch.no_grad():
+                reasons[chain] = chain_reason(self, chain)  # type: ignore[arg-type]
+        return reasons[chain]

@@ -1,0 +1,162 @@
+"""The shortest way through a layer where no gradient is wanted: one token at a time, the host's time is what counts.
+
+It is for one low-rank adapter whose factors are tensors of its own, over a base layer that is nothing but a product.
+What can change between two calls is asked for each time (hooks, tensors, mode); what follows from the state is held for
+its version. Tensors are read from their modules at every call; only views and casts of them are kept, and recognised by
+their source, its memory and its version.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_calls
+
+from inlay.core.affine import LowRank
+from inlay.core.call import open_calls
+from inlay.core.dtype import product_dtype
+from inlay.kernels.switch import fast_paths
+
+if TYPE_CHECKING:
+    from inlay.core.entry import Entry
+    from inlay.core.layer import AdaptedLayer
+
+__all__ = ["Ready", "ready_for"]
+
+_linear = torch.nn.functional.linear
+
+
+class Ready:
+    """A layer and no adapter or one, resolved for one version of the state.
+
+    Args:
+        layer: the layer.
+        entry: the adapter's entry, None where none runs (or what does is merged).
+        leaves: the modules that hold its A, (r, in), and B, (out, r).
+        scale: of the update.
+    """
+
+    __slots__ = (
+        "base",
+        "channels",
+        "compute",
+        "down",
+        "layer",
+        "numbers",
+        "options",
+        "out",
+        "plain",
+        "scale",
+        "source",
+        "up",
+        "views",
+    )
+
+    def __init__(self, layer: AdaptedLayer, entry: Entry | None = None, leaves: Any = (), scale: float = 1.0) -> None:
+        self.base: Any = layer._modules["base_layer"]
+        self.layer = layer.__dict__
+        self.plain = layer.kind.plain_tensors
+        self.down: Any = leaves[0]._parameters if leaves else None
+        self.up: Any = leaves[1]._parameters if leaves else None
+        self.scale = scale
+        self.channels, self.out = layer.site.channels, layer.site.out
+        self.compute = layer.compute
+        self.options = None if entry is None else entry.options
+        self.numbers = None if entry is None else dict(entry.options)
+        self.source: tuple[Any, ...] = (None,) * 7  # what ``views`` was made from
+        self.views: Any = None
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """Return the layer's output without gradient; None where the ordinary way has to be taken."""
+        base, layer = self.base, self.layer
+        own = base.__dict__
+        found = self.plain(base)
+        if (
+            found is None
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or layer["_forward_hooks"]
+            or layer["_forward_pre_hooks"]
+            or "forward" in own
+            or module_calls._global_forward_hooks
+            or module_calls._global_forward_pre_hooks
+            or open_calls.calls
+            or not fast_paths.on
+            or forward_ad._current_level >= 0
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._is_any_autocast_enabled()
+        ):
+            return None
+        weight, bias = found
+        dtype, cls = x.dtype, type(weight)
+        if dtype is not weight.dtype or type(x) is not Tensor or (cls is not nn.Parameter and cls is not Tensor):
+            return None
+        if self.down is None:
+            return _linear(x, weight, bias)
+        A, B, held = self.down["weight"], self.up["weight"], self.source
+        if (
+            A is not held[0]
+            or B is not held[1]
+            or dtype is not held[2]
+            or A._version != held[3]
+            or B._version != held[4]
+            or A.data_ptr() != held[5]
+            or B.data_ptr() != held[6]
+        ) and not self._refresh(A, B, x):
+            return None
+        if self.options != self.numbers:
+            return None
+        down, up = self.views
+        if x.dim() == 2:
+            return _linear(x, weight, bias).addmm_(_linear(x, down), up, alpha=self.scale)
+        rows = x.reshape(-1, self.channels)
+        y = _linear(rows, weight, bias)
+        y.addmm_(_linear(rows, down), up, alpha=self.scale)
+        return y.view(*x.shape[:-1], self.out)
+
+    def _refresh(self, A: Tensor, B: Tensor, x: Tensor) -> bool:
+        """Make views of other tensors; False where they are not plain ones, or products do not run in the input's
+        dtype."""
+        if product_dtype(x, A.dtype, self.compute) != x.dtype or {type(A), type(B)} - {nn.Parameter, Tensor}:
+            return False
+        self.views = (A.detach().to(x.dtype), B.detach().to(x.dtype).t())
+        self.source = (A, B, x.dtype, A._version, B._version, A.data_ptr(), B.data_ptr())
+        return True
+
+
+def ready_for(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> Ready | None:
+    """Return the short way for a chain, or None if it has none."""
+    if layer.kind.plain_tensors(layer._modules["base_layer"]) is None or (layer.merged and not layer.enabled):
+        return None
+    if not chain:
+        return Ready(layer)
+    if len(chain) != 1 or layer.training or layer.why_not_fused(chain) is not None:
+        return None
+    entry = chain[0]
+    p = layer.params(entry)
+    delta = entry.method.update(entry.site, p)
+    held = {role: (containers, leaf) for role, containers, leaf in entry.places}
+    if not isinstance(delta, LowRank) or delta.A is not p.get("A") or delta.B is not p.get("B"):
+        return None
+    if delta.bias is not None or not isinstance(delta.scale, (int, float)) or not {"A", "B"} <= held.keys():
+        return None
+    if any(isinstance(number, Tensor) for number in entry.options.values()):
+        return None
+    home: Any = entry.home if entry.home is not None else layer
+    leaves = []
+    for role in ("A", "B"):
+        containers, leaf = held[role]
+        holder = home
+        for part in containers:
+            holder = holder._modules[part]
+        module = holder._modules.get(entry.name)
+        tensor = p.get(role)
+        if leaf != "weight" or module is None or module._parameters.get("weight") is not tensor:
+            return None
+        if tensor is None or tensor.is_inference():  # has no version to know it again by
+            return None
+        leaves.append(module)
+    return Ready(layer, entry, leaves, float(delta.scale))
