@@ -14,7 +14,14 @@ _HOMES: dict[str, str] = {
     **dict.fromkeys(["convert_to_lora", "save_as_lora"], "inlay.models.conversion"),
     "find_kappa_target_modules": "inlay.models.kappa",
     **dict.fromkeys(
-        ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"], "inlay.checkpoint"
+        [
+            "adapter_tensors",
+            "get_peft_model_state_dict",
+            "iter_merged",
+            "load_peft_weights",
+            "set_peft_model_state_dict",
+        ],
+        "inlay.checkpoint",
     ),
     **dict.fromkeys(["PeftConfig", "PeftType", "TaskType"], "inlay.config"),
     **dict.fromkeys(
@@ -57,6 +64,7 @@ _HOMES: dict[str, str] = {
         "inlay.models.auto",
     ),
     **dict.fromkeys(["LoraConfig", "LoraRuntimeConfig"], "inlay.methods.lora"),
+    "AdapterStore": "inlay.residency",
     "FourierFTConfig": "inlay.methods.fourierft",
     "IA3Config": "inlay.methods.ia3",
     "InlayError": "inlay.errors",
@@ -77,6 +85,7 @@ __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "AdapterStore",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -106,6 +115,7 @@ __all__ = [
     "TaskType",
     "TrainableTokensConfig",
     "VeraConfig",
+    "adapter_tensors",
     "call",
     "cast_mixed_precision_params",
     "convert_to_lora",
@@ -119,6 +129,7 @@ __all__ = [
     "inject",
     "inject_adapter_in_model",
     "install_as_peft",
+    "iter_merged",
     "load_peft_weights",
     "plan",
     "prepare_model_for_kbit_training",

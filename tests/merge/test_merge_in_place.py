@@ -286,9 +286,8 @@ def test_an_interrupt_leaves_whole_layers(keep: str, dtype: torch.dtype, monkeyp
     places = 0
     while True:
         places += 1
-        with interrupted(places) as writes:
-            with suppress(KeyboardInterrupt):
-                merge(state, keep=keep)
+        with interrupted(places) as writes, suppress(KeyboardInterrupt):
+            merge(state, keep=keep)
         finished = len(writes) < places
         for layer, before, after in zip(state.layers(), original, merged, strict=True):
             assert torch.equal(layer.weight, after if layer.merged else before), (places, writes[-1])

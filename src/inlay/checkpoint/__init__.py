@@ -2,9 +2,10 @@
 
 from inlay.checkpoint.card import model_card
 from inlay.checkpoint.files import load_adapter_files, load_peft_weights
-from inlay.checkpoint.keys import adapter_slots, adapter_tensors
+from inlay.checkpoint.keys import adapter_slots
 from inlay.checkpoint.load import load_all
 from inlay.checkpoint.manifest import Manifest, read_manifest
+from inlay.checkpoint.merged import adapter_tensors, iter_merged
 from inlay.checkpoint.save import save_adapters
 from inlay.checkpoint.state_dict import get_peft_model_state_dict, load_tensors, set_peft_model_state_dict
 
@@ -13,6 +14,7 @@ __all__ = [
     "adapter_slots",
     "adapter_tensors",
     "get_peft_model_state_dict",
+    "iter_merged",
     "load_adapter_files",
     "load_all",
     "load_peft_weights",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from inlay.checkpoint.target import KeyIndex, Target
 from inlay.checkpoint.tree import MODEL_PREFIX, ROOT_PREFIX, Node, Tree, persistent_tensors
@@ -19,7 +19,7 @@ from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
 from inlay.core.slot import Slot
 
-__all__ = ["adapter_slots", "adapter_tensors", "base_target", "foreign_biases", "key_index", "slot_holder"]
+__all__ = ["adapter_slots", "base_target", "foreign_biases", "key_index", "slot_holder"]
 
 
 def adapter_slots(model: nn.Module, adapter: str = "default") -> dict[str, Target]:
@@ -31,15 +31,6 @@ def adapter_slots(model: nn.Module, adapter: str = "default") -> dict[str, Targe
         CheckpointError: two tensors would have one key.
     """
     return key_index(Tree(model), adapter).saved()
-
-
-def adapter_tensors(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
-    """Return the tensors of an adapter's checkpoint by key: whole, without gradient, sharing the model's memory.
-
-    Raises:
-        CheckpointError: a tensor is on the meta device, or is a shard that cannot be gathered here.
-    """
-    return {key: target.whole(target.tensor) for key, target in adapter_slots(model, adapter).items()}
 
 
 def key_index(tree: Tree, adapter: str) -> KeyIndex:

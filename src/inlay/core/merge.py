@@ -12,7 +12,7 @@ from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
 from inlay.core.merge_bound import known_finite, note_finite, proved_finite
 from inlay.core.merge_rows import InPlace, low_rank_updates, matrix_in_place
-from inlay.core.merge_rules import check_mergeable, check_shared, merged_finite
+from inlay.core.merge_rules import check_mergeable, check_order, check_shared, merged_finite
 from inlay.core.state import State
 from inlay.errors import MergeError, StateError
 from inlay.parallel.fsdp import settle
@@ -82,7 +82,8 @@ def merge_layers(
         wanted = [name for name in names if name in layer.entries and name not in layer._merged]
         chain = tuple(entry for name in wanted for entry in layer.entries[name])
         if chain:
-            check_mergeable(layer, wanted, chain, keep)
+            check_mergeable(layer, wanted, chain)
+            check_order(layer, wanted, keep)
             work.append((layer, chain))
     check_shared(work)
     proved = {id(layer): _proved(layer, chain) for layer, chain in work}

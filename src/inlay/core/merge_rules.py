@@ -11,11 +11,11 @@ from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
 from inlay.errors import MergeError
 
-__all__ = ["check_mergeable", "check_shared", "merged_finite"]
+__all__ = ["check_mergeable", "check_order", "check_shared", "merged_finite", "not_finite"]
 
 
-def check_mergeable(layer: AdaptedLayer, wanted: Sequence[str], chain: tuple[Entry, ...], keep: str) -> None:
-    """Refuse a merge that a layer cannot hold, or that would change the output: what is merged goes below the rest.
+def check_mergeable(layer: AdaptedLayer, wanted: Sequence[str], chain: tuple[Entry, ...]) -> None:
+    """Refuse adapters that have no weight to merge at a layer, or cannot be on it together.
 
     Raises:
         MergeError: says why.
@@ -33,6 +33,14 @@ def check_mergeable(layer: AdaptedLayer, wanted: Sequence[str], chain: tuple[Ent
                 f"{layer.site.name!r}: adapter {entry.name!r} ({type(entry.method).__name__}) depends on the data and "
                 "has no weight to merge"
             )
+
+
+def check_order(layer: AdaptedLayer, wanted: Sequence[str], keep: str) -> None:
+    """What is merged goes below what is not: refuse where that would change the output.
+
+    Raises:
+        MergeError: says why.
+    """
     below: list[Entry] = []
     for name in layer.active:
         if name in layer._merged:
@@ -84,9 +92,14 @@ def merged_finite(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> dict[str, Te
         stored = getattr(leaf, name)
         rounded = tensor.to(stored.dtype) if stored.dtype.is_floating_point else tensor
         if not bool(torch.isfinite(rounded).all()):
-            who = ", ".join(repr(entry.name) for entry in chain)
-            raise MergeError(
-                f"{layer.site.name!r}: merging {who} gives a {name} that is not finite in {stored.dtype}; no weight of "
-                "the model was changed"
-            )
+            raise not_finite(layer, chain, name, stored.dtype)
     return new
+
+
+def not_finite(layer: AdaptedLayer, chain: tuple[Entry, ...], name: str, dtype: torch.dtype) -> MergeError:
+    """Return the error for a merged tensor that is not finite."""
+    who = ", ".join(repr(entry.name) for entry in chain)
+    return MergeError(
+        f"{layer.site.name!r}: merging {who} gives a {name} that is not finite in {dtype}; no weight of the model was "
+        "changed"
+    )
