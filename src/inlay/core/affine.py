@@ -92,6 +92,26 @@ class Site:
         return replace(self, name=prefix + self.name, patterns=self.patterns or self.name)
 
     @property
+    def form(self) -> tuple[Any, ...]:
+        """All but the name, where patterns look at no other name."""
+        return (
+            self.kind,
+            self.out,
+            self.channels,
+            self.kernel,
+            self.groups,
+            self.experts,
+            self.lookup,
+            self.elementwise,
+            self.bias,
+            self.transposed,
+            self.parameter,
+            self.patterns,
+            self.axes,
+            self.padding,
+        )
+
+    @property
     def owner(self) -> str:
         """Dotted path of the module that holds the site's tensors."""
         return self.name if self.parameter is None else self.name.rpartition(".")[0]

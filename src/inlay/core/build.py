@@ -7,10 +7,12 @@ from torch import Tensor
 
 from inlay.core.affine import Site
 from inlay.core.plan import Placement, Plan
-from inlay.core.slot import Slot, generator_for
+from inlay.core.slot import Slot, generator_for, zeros
 from inlay.parallel.placement import spread
 
 __all__ = ["build", "build_shared"]
+
+_META = torch.device("meta")
 
 
 def _new(slot: Slot, site: Site, dtype: torch.dtype, device: torch.device, plan: Plan, seed: int, fill: bool) -> Tensor:
@@ -18,38 +20,27 @@ def _new(slot: Slot, site: Site, dtype: torch.dtype, device: torch.device, plan:
     dtype = slot.dtype or dtype
     if device.type == "meta" or not fill:
         return torch.empty(slot.shape, dtype=dtype, device=device)
+    if slot.init is zeros:
+        return torch.zeros(slot.shape, dtype=dtype, device=device)
     tensor = torch.empty(slot.shape, dtype=dtype)
-    generator = generator_for(seed, site.name, slot.key) if plan.policy.own_seed else torch.default_generator
-    with torch.no_grad():
-        slot.init(tensor, generator)
-    return tensor.to(device)
+    slot.init(tensor, generator_for(seed, site.name, slot.key) if plan.policy.own_seed else torch.default_generator)
+    return tensor if device.type == "cpu" else tensor.to(device)
 
 
 def build(plan: Plan, placement: Placement, low_memory: bool, fill: bool, seed: int) -> dict[str, Tensor]:
     if placement.source is not None:  # it uses the tensors of another layer
         return {}
-    meta = torch.device("meta")
-    layout = placement.layout
+    site, dtype, layout = placement.site, placement.dtype, placement.layout
     if fill and not low_memory and not plan.policy.own_seed:
         for slot in placement.slots.values():
             if slot.discarded is not None:
                 slot.discarded(torch.empty(slot.shape, dtype=placement.dtype), torch.default_generator)
-    return {
-        role: spread(
-            _new(
-                slot,
-                placement.site,
-                placement.dtype,
-                meta if low_memory and slot.saved else placement.device,  # no load would bring the others
-                plan,
-                seed,
-                fill or slot.buffer,
-            ),
-            slot,
-            layout,
-        )
-        for role, slot in placement.slots.items()
-    }
+    tensors = {}
+    for role, slot in placement.slots.items():
+        device = _META if low_memory and slot.saved else placement.device  # no load would bring the others
+        tensor = _new(slot, site, dtype, device, plan, seed, fill or slot.buffer)
+        tensors[role] = tensor if layout is None else spread(tensor, slot, layout)
+    return tensors
 
 
 def build_shared(plan: Plan, low_memory: bool, seed: int) -> dict[str, Tensor]:
@@ -59,7 +50,7 @@ def build_shared(plan: Plan, low_memory: bool, seed: int) -> dict[str, Tensor]:
     first = next(p for p in plan.placements if p.method is plan.method)
     tensors = {}
     for role, slot in plan.shared.items():
-        device = torch.device("meta") if low_memory and slot.saved else first.device
+        device = _META if low_memory and slot.saved else first.device
         tensors[role] = _new(slot, Site("", "shared", 0, 0), first.dtype, device, plan, seed, True)
     layout = next((p.layout for p in plan.placements if p.layout is not None), None)
     if layout is not None:  # plain in every process, because layers beside it may not be spread at all

@@ -32,7 +32,8 @@ def choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
         paths = linear_paths(made.model, everything, config.task_type)
         if made.policy.strict_targets:
             paths = readable(paths, everything)
-        paths = {path for path in paths if covering(made, path) is None}
+        if made.copies:
+            paths = {path for path in paths if covering(made, path) is None}
         made.resolved["target_modules"] = set(shortened(paths, (place.path for place in everything)))
 
         def match(path: str) -> str | None:
@@ -47,7 +48,9 @@ def choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
     excluded: set[str] = set()
     inside: dict[str, str] = {}
     for place in everything:
-        pattern = next((p for p in map(match, (place.path, *place.aliases)) if p is not None), None)
+        pattern = match(place.path)
+        if pattern is None and place.aliases:
+            pattern = next((p for p in map(match, place.aliases) if p is not None), None)
         if exclude is not None:
             key = exclude(place.path)
             if key is not None:
@@ -59,7 +62,7 @@ def choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
             continue
         if indices is not None and layer_index(place.path, config.layers_pattern) not in indices:
             continue
-        copied = covering(made, place.path)
+        copied = covering(made, place.path) if made.copies else None
         if isinstance(place.module, ModuleCopies) and copied is None:
             raise TargetError(
                 f"{place.path!r} is trained in full by modules_to_save of another adapter; {pattern!r} cannot adapt it"

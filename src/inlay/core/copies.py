@@ -91,6 +91,8 @@ def covering(made: Plan, path: str) -> str | None:
 def tie_copies(made: Plan, everything: list[Place]) -> None:
     """Let the full copies of tied layers share their weight too, where ``ensure_weight_tying`` asks for it."""
     chosen = {id(place.module): pattern for place, pattern in made.copies}
+    if not chosen:
+        return
     for group in tied_groups(everything):
         together = [place for place in group.places if id(place.module) in chosen]
         if not together:
@@ -111,7 +113,7 @@ def check_copies(made: Plan) -> None:
     Raises:
         TargetError: names the place and the copy.
     """
-    for placement in made.placements:
+    for placement in made.placements if made.copies else ():
         covered = covering(made, placement.place.path)
         if covered is not None:
             raise TargetError(

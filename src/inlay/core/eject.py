@@ -68,9 +68,7 @@ def _take_out_empty(model: nn.Module, state: State) -> None:
         if follower.adapters_here():
             continue
         _refuse_shell(place, follower)
-        original = follower.taken_out(restore=False)
-        for parent, name in place.parents:
-            setattr(parent, name, original)
+        place.put(follower.taken_out(restore=False))
         state.leave(follower)
 
 
@@ -99,9 +97,7 @@ def eject(model: nn.Module, state: State, *, restore: bool = True) -> nn.Module:
     found = standing(model)
     settle()
     for place, follower in found:
-        original = follower.taken_out(restore)
-        for parent, name in place.parents:
-            setattr(parent, name, original)
+        place.put(follower.taken_out(restore))
     restore_readers(model)
     _end_replication(model, state)
     restore_grad(model, state.base_grad)

@@ -99,11 +99,11 @@ class Entry:
         "weights",
     )
 
-    def __init__(self, name: str, method: Method, site: Site, slots: dict[str, Slot]) -> None:
+    def __init__(self, name: str, method: Method, site: Site, slots: dict[str, Slot], options: dict[str, Any]) -> None:
         self.name = name
         self.method = method
         self.site = site
-        self.options: dict[str, Any] = method.options(site)
+        self.options = options
         self.places = tuple((role, *slot.place) for role, slot in slots.items())
         self.weights = tuple(role for role, slot in slots.items() if not slot.buffer)
         self.trained = tuple(place for place in self.places if slots[place[0]].trainable)

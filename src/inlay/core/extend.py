@@ -27,15 +27,17 @@ _TABLES = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in
 
 def extend_plan(made: Plan, everything: list[Place]) -> None:
     """Add placements for what the config's shared fields ask for."""
-    groups = tied_groups(everything)
+    holders = owners(everything)
+    groups = tied_groups(everything, holders)
     _tie_targets(made, groups)
     plan_tokens(made, everything, groups)
     _plan_companions(made, everything)
     plan_parameters(made, everything)
-    holders = owners(everything)
     for placement in made.placements:
         weight = placement.place.base._parameters.get(placement.kind.weight_name)
-        placement.shares = tuple(p.path for p in holders.get(id(weight), ()) if p is not placement.place)
+        held = holders.get(id(weight), ())
+        if len(held) > 1:
+            placement.shares = tuple(p.path for p in held if p is not placement.place)
 
 
 def plan_extras(made: Plan) -> None:
@@ -59,7 +61,7 @@ def readable(paths: set[str], everything: list[Place]) -> set[str]:
     changed = set(paths)
     for place in everything:
         for parent, _ in place.parents:
-            if place.path in paths and isinstance(parent, nn.MultiheadAttention):
+            if isinstance(parent, nn.MultiheadAttention) and place.path in paths:
                 changed.discard(place.path)
                 changed.add(place.path.rpartition(".")[0])
     return changed
@@ -68,6 +70,8 @@ def readable(paths: set[str], everything: list[Place]) -> set[str]:
 def without_companions(chosen: list[tuple[Place, str]]) -> list[tuple[Place, str]]:
     """Drop the output projections of attention layers that are chosen themselves: they come along with them."""
     attention = {id(place.base) for place, _ in chosen if isinstance(place.base, nn.MultiheadAttention)}
+    if not attention:
+        return chosen
     return [
         (place, pattern)
         for place, pattern in chosen
@@ -81,7 +85,7 @@ def _plan_companions(made: Plan, everything: list[Place]) -> None:
     from inlay.kinds.attention import Output
 
     attention = {id(p.place.base): p for p in made.placements if isinstance(p.place.base, nn.MultiheadAttention)}
-    for place in everything:
+    for place in everything if attention else ():
         owner = next((attention[id(p)] for p, name in place.parents if id(p) in attention and name == "out_proj"), None)
         if owner is None:
             continue

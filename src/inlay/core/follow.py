@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from inlay.core.bare import begin
 from inlay.core.call import opened
 from inlay.core.state import BASE, State
 from inlay.errors import RoutingError
@@ -28,6 +29,9 @@ class Follower(nn.Module):
     """
 
     base_attribute: ClassVar[str]
+
+    def __init__(self) -> None:
+        begin(self)
 
     def join(self, state: State) -> None:
         """Follow ``state``, with nothing of one's own and nothing merged."""

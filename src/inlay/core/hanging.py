@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from inlay.core.bare import bare
 from inlay.core.entry import AdapterTensors
 from inlay.core.holder import EntryHolder
 from inlay.core.slot import Slot
@@ -28,7 +29,7 @@ def hang(home: nn.Module, adapter: str, slot: Slot, tensor: Tensor, new_leaf: Ca
     module = holder._modules.get(adapter)
     if module is None:
         module = new_leaf()
-        module.training = home.training
+        module.__dict__["training"] = home.training
         holder._modules[adapter] = module
     if slot.buffer:
         module._buffers[leaf] = value
@@ -60,7 +61,7 @@ def container(layer: nn.Module, path: tuple[str, ...], cls: type[nn.Module]) -> 
     for depth, part in enumerate(path):
         found = holder._modules.get(part)
         if found is None:
-            found = cls() if depth == len(path) - 1 else nn.Module()
+            found = bare(cls if depth == len(path) - 1 else nn.Module)
             holder._modules[part] = found
         holder = found
     return holder

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.affine import Affine
+from inlay.core.bare import bare
 from inlay.core.build import build, build_shared
 from inlay.core.dtype import merge_dtype
 from inlay.core.eject import restore_grad
@@ -141,17 +142,15 @@ def _adapted(placement: Placement, state: State, undo: list[Undo]) -> AdaptedLay
     parent, name = placement.place.parents[0]
     here: Any = parent._modules[name]  # several parameters of one module are nested
     layer = placement.kind.adapt(here, placement.site, state)
-    layer.shares = placement.shares
+    layer.__dict__["shares"] = placement.shares
 
     def back() -> None:
         lower(layer, here)
-        for parent, name in placement.place.parents:
-            setattr(parent, name, here)
+        placement.place.put(here)
         state.leave(layer)
 
     undo.append(back)
-    for parent, name in placement.place.parents:
-        setattr(parent, name, layer)
+    placement.place.put(layer)
     lift(here, layer)
     return layer
 
@@ -165,7 +164,7 @@ def mount(
 ) -> None:
     """Hang an entry's tensors below the layer, where their slots say."""
     adapter = plan.adapter
-    entry = Entry(adapter, placement.method, placement.site, placement.slots)
+    entry = Entry(adapter, placement.method, placement.site, placement.slots, dict(placement.options))
     if placement.layout is not None:
         entry.mesh = placement.layout.mesh
     if placement.method is plan.method:
@@ -175,7 +174,7 @@ def mount(
     field = placement.method.dropout_field
     if field is not None:
         p = float(getattr(placement.method.config, field) or 0.0)
-        container(layer, (field,), nn.ModuleDict)._modules[adapter] = nn.Dropout(p) if p > 0.0 else nn.Identity()
+        container(layer, (field,), nn.ModuleDict)._modules[adapter] = nn.Dropout(p) if p > 0.0 else bare(nn.Identity)
     if placement.source is not None:
         entry.home = _standing(placement.source)
     for role, slot in placement.slots.items() if placement.source is None else ():
@@ -207,13 +206,11 @@ def _copy_module(place: object, adapter: str, state: State, undo: list[Undo]) ->
         copies = ModuleCopies(place.path, here, state)
 
         def back() -> None:
-            for parent, name in place.parents:
-                setattr(parent, name, here)
+            place.put(here)
             state.leave(copies)
 
         undo.append(back)
-        for parent, name in place.parents:
-            setattr(parent, name, copies)
+        place.put(copies)
     undo.append(lambda: copies.modules_to_save._modules.pop(adapter, None))
     copies.add(adapter)
     for parameter in copies.modules_to_save._modules[adapter].parameters():

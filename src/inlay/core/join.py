@@ -21,6 +21,8 @@ def check_joinable(states: list[State]) -> None:
         AdapterNameError: two of them have an adapter of the same name.
         StateError: their policies differ, one belongs to a wrapper, or one has replicated layers.
     """
+    if len(states) < 2:
+        return
     names = [name for state in states for name in state.records]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -34,7 +36,7 @@ def check_joinable(states: list[State]) -> None:
                 f"parts of this model were given adapters under the policies {states[0].policy.name!r} and "
                 f"{state.policy.name!r}, so they cannot be joined"
             )
-    for state in states if len(states) > 1 else ():
+    for state in states:
         reason = "a wrapper holds it" if state.wrapped else "its layers are replicated" if state.replication else None
         if reason is not None:
             raise StateError(
@@ -50,6 +52,8 @@ def offsets(state: State, model: nn.Module) -> tuple[str, str]:
         What to put before the state's names (``model`` is larger than its root was), and what to put before the
         model's names (it is a part of it). At most one is not empty.
     """
+    if next(state.layers(), None) is None:
+        return "", ""
     first = first_standing(model)
     if first is None or (first[1].state is state and first[1].site_path == first[0]):
         return "", ""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inlay.core import storage
 from inlay.core.affine import Site
+from inlay.core.alike import Known, ask
 from inlay.core.choose import check_patterns, choose, model_type, nothing_matched, plan_biases
 from inlay.core.copies import check_copies, plan_copies, tie_copies
 from inlay.core.dtype import adapter_dtype
@@ -22,7 +23,7 @@ from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
 from inlay.core.policy import INLAY, Policy
-from inlay.core.readers import fused_reader
+from inlay.core.readers import fused_reader, may_be_fused
 from inlay.core.registry import method_class
 from inlay.core.replicate import Replication, installed, replication_of
 from inlay.core.retarget import retargeted
@@ -36,7 +37,7 @@ from inlay.parallel.placement import Layout, layout_of
 __all__ = ["Placement", "Plan", "place_method", "plan"]
 
 
-@dataclass
+@dataclass(slots=True)
 class Placement:
     """One adapted place of a plan.
 
@@ -95,6 +96,7 @@ class Plan:
         resolved: config fields whose resolved values are written back.
         replication: the longer list of blocks that the placements lie in, if there is one.
         keys: names of the tensors that the adapter will be filled with, where they are known.
+        known: what methods said of sites that they treat alike.
     """
 
     model: nn.Module
@@ -114,6 +116,7 @@ class Plan:
     resolved: dict[str, Any] = field(default_factory=dict)
     replication: Replication | None = None
     keys: frozenset[str] = frozenset()
+    known: Known = field(default_factory=dict, repr=False)
 
     @property
     def trainable(self) -> int:
@@ -198,18 +201,18 @@ def plan(
     for field_name, value in method.implied(model, model_type(model)).items():
         made.resolved[field_name] = value
         setattr(method.config, field_name, copy.deepcopy(value))
-    for field_name, value in retargeted(model, method.config, held, policy.prefix_patterns).items():
+    everything = places(model)
+    for field_name, value in retargeted(model, method.config, held, policy.prefix_patterns, everything).items():
         made.resolved[field_name] = value
         setattr(method.config, field_name, copy.deepcopy(value))
     made.replication = replication_of(model, method.config, state)
     with installed(made.replication, model):
-        _resolve(made)
+        _resolve(made, everything if made.replication is None else places(model))
     return made
 
 
-def _resolve(made: Plan) -> None:
+def _resolve(made: Plan, everything: list[Place]) -> None:
     """Find every place that the plan's config means."""
-    everything = places(made.model)
     plan_copies(made, everything)
     chosen = choose(made, everything)
     for place, pattern in without_companions(chosen):
@@ -248,19 +251,18 @@ def place_method(
             f"{place.path!r}, matched by {pattern!r}, has its parameter {place.module.site.parameter!r} adapted by "
             "target_parameters of another adapter, so it cannot be adapted as a layer as well"
         )
-    reason = None if site is not None else _unreadable(made, place)
-    site = site or kind.site(place.path, base)
-    reason = reason or method.refuse(site) or _weightless(made, kind, site, method)
+    reason, site = (None, site) if site is not None else (_unreadable(made, place), kind.site(place.path, base))
+    answers = ask(method, site, made.known)
+    reason = reason or answers.refusal or _weightless(made, kind, site, method)
     if reason is not None:
         raise UnsupportedError(f"{method.config.peft_type.value} on {site.name!r} ({type(base).__name__}): {reason}")
-    note = method.note(site)
-    if note is not None:
-        warnings.warn(f"{place.path!r}: {note}", InlayWarning, stacklevel=4)
-    weight = getattr(base, kind.weight_name)
+    if answers.note is not None:
+        warnings.warn(f"{place.path!r}: {answers.note}", InlayWarning, stacklevel=4)
+    weight: Any = getattr(base, kind.weight_name)
     dtype = adapter_dtype(storage.floating_dtype(base, kind.weight_name), made.autocast)
     layout = layout_of(base, kind, site)
-    slots, options = method.slots(site), method.options(site)
-    return Placement(place, site, kind, slots, pattern, options, method, dtype, weight.device, layout)
+    numbers = dict(answers.options)
+    return Placement(place, site, kind, answers.slots, pattern, numbers, method, dtype, weight.device, layout)
 
 
 def _weightless(made: Plan, kind: Kind, site: Site, method: Method) -> str | None:
@@ -288,7 +290,7 @@ def _unreadable(made: Plan, place: Place) -> str | None:
         if isinstance(parent, nn.MultiheadAttention) and made.policy.strict_targets:
             owner = place.path.rpartition(".")[0]
             return f"nn.MultiheadAttention reads this layer's weight and never calls it; target {owner!r} instead"
-    family = model_type(made.model)
+    family = model_type(made.model) if may_be_fused(place.path) else None
     if fused_reader(family, place.path):
         return f"the fused kernels of {family} models read this layer's weight and never call it; leave it out"
     return None

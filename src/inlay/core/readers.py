@@ -14,13 +14,15 @@ from torch import nn
 
 from inlay.core.follow import base_modules, follower_of
 
-__all__ = ["fused_reader", "restore_readers", "silence_readers"]
+__all__ = ["fused_reader", "may_be_fused", "restore_readers", "silence_readers"]
 
 # Model families whose mixers hand these layers' weights to one fused kernel, where it is installed; there is no switch.
 _FUSED = {
     family: frozenset({"conv1d", "out_proj"})
     for family in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 }
+
+_FUSED_NAMES = frozenset().union(*_FUSED.values())
 
 # class -> (attribute, value that makes it call its layers)
 _SWITCHES: dict[type[nn.Module], tuple[str, Any]] = {
@@ -43,6 +45,11 @@ def _readers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 def _adapted(module: nn.Module) -> bool:
     followers = map(follower_of, base_modules(module))
     return any(follower is not None and not follower.is_bare for follower in followers)
+
+
+def may_be_fused(path: str) -> bool:
+    """Whether :func:`fused_reader` is true of the path in some model family."""
+    return path.rpartition(".")[2] in _FUSED_NAMES
 
 
 def fused_reader(family: str | None, path: str) -> bool:

@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from inlay.core.banks import Bank, Layout, layout_of, stem
 from inlay.core.kind import kind_of
 from inlay.core.patterns import layer_index, matcher, pattern_key
-from inlay.core.targets import ALL_LINEAR, Place, base_parameters, places, shortened
+from inlay.core.targets import ALL_LINEAR, Place, places, shortened
 from inlay.errors import TargetError
 
 __all__ = ["retargeted"]
 
 
 def retargeted(
-    model: nn.Module, config: Any, held: Mapping[str, Tensor] | None = None, prefixes: bool = False
+    model: nn.Module,
+    config: Any,
+    held: Mapping[str, Tensor] | None = None,
+    prefixes: bool = False,
+    everything: list[Place] | None = None,
 ) -> dict[str, Any]:
     """Return the fields of a configuration that names former layers, rewritten for what they are now.
 
@@ -33,6 +37,7 @@ def retargeted(
         held: the tensors of an adapter that is going to be loaded. They say which former layers it has, in place of
             ``target_modules``, which by itself cannot tell experts from dense layers of the same name.
         prefixes: see :func:`inlay.core.patterns.pattern_key`.
+        everything: the model's places, where they are known.
 
     Raises:
         TargetError: a parameter can be adapted as a whole only, and the configuration wants a part of it, or other
@@ -41,13 +46,15 @@ def retargeted(
     if getattr(config, "target_modules", None) is None:
         return {}
     fields: dict[str, Any] = {}
-    if hasattr(config, "target_parameters") and any(p.dim() == 3 for p in base_parameters(model).values()):
+    everything = places(model) if everything is None else everything
+    holders = (model, *(place.base for place in everything)) if hasattr(config, "target_parameters") else ()
+    if any(p is not None and p.dim() == 3 for holder in holders for p in holder._parameters.values()):
         fields = _stacked(model, config, held, prefixes)
     if fields:
         config = copy.copy(config)
         for name, value in fields.items():
             setattr(config, name, value)
-    return {**fields, **_renamed(model, config, held)}
+    return {**fields, **_renamed(model, config, held, everything)}
 
 
 def _stacked(model: nn.Module, config: Any, held: Mapping[str, Tensor] | None, prefixes: bool) -> dict[str, Any]:
@@ -203,12 +210,14 @@ def _expanded(expression: str, layers: list[Place]) -> list[str]:
 # -- layers that have another name now --------------------------------------------------------------------------------
 
 
-def _renamed(model: nn.Module, config: Any, held: Mapping[str, Tensor] | None) -> dict[str, Any]:
+def _renamed(
+    model: nn.Module, config: Any, held: Mapping[str, Tensor] | None, everything: list[Place]
+) -> dict[str, Any]:
     """Return the fields of a configuration that uses earlier names of layers."""
     targets = config.target_modules
     if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         return {}
-    layers = [place for place in places(model) if kind_of(place.base) is not None]
+    layers = [place for place in everything if kind_of(place.base) is not None]
     if held is not None and _are_present(held, {place.path for place in layers}):
         return {}
     match = matcher(targets)
@@ -224,10 +233,10 @@ def _renamed(model: nn.Module, config: Any, held: Mapping[str, Tensor] | None) -
     if not new:
         return {}
     present, former_names = [place.path for place in layers], set(new.values())
-    everything = [place.path for place in places(model)]
+    paths = [place.path for place in everything]
     kept = set() if isinstance(targets, str) else {pattern for pattern in targets if _means(pattern, present)}
     chosen = {*new, *meant} if isinstance(targets, str) else set(new)
-    fields: dict[str, Any] = {"target_modules": kept | set(shortened(chosen, everything))}
+    fields: dict[str, Any] = {"target_modules": kept | set(shortened(chosen, paths))}
     if getattr(config, "layers_pattern", None):
         fields |= {"layers_to_transform": None, "layers_pattern": None}  # chosen by it already
     for name in ("rank_pattern", "alpha_pattern"):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -111,7 +113,7 @@ class Slot:
         if self.key.split(".").count("*") != 1:
             raise ValueError(f"slot key {self.key!r} must contain '*' once, as a part of its own")
 
-    @property
+    @cached_property
     def place(self) -> tuple[tuple[str, ...], str]:
         """Containers above the adapter's name, and the leaf name below it (empty where there is none)."""
         above, _, below = self.key.partition("*")
@@ -126,7 +128,7 @@ class Slot:
         """Name below the layer's path in ``state_dict()``."""
         return self.key.replace("*", adapter)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -167,10 +169,19 @@ class Slot:
         return kept.flatten(axis, axis + 1)
 
 
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
+
+
+_local = _Local()
+
+
 def generator_for(seed: int, site: str, key: str) -> torch.Generator:
     """Return a CPU generator that depends on seed, site and slot alone.
 
-    So initial values do not depend on the order of injection, on the device, or on how tensors are sharded.
+    So initial values do not depend on the order of injection, on the device, or on how tensors are sharded. It is the
+    running thread's one generator, which the next call seeds anew.
     """
     digest = hashlib.blake2b(f"{seed}\0{site}\0{key}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") & 0x7FFF_FFFF_FFFF_FFFF)
+    return _local.generator.manual_seed(int.from_bytes(digest, "little") & 0x7FFF_FFFF_FFFF_FFFF)

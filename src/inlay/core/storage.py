@@ -81,5 +81,7 @@ def onloaded(module: nn.Module) -> AbstractContextManager[None]:
 
 def floating_dtype(module: nn.Module, name: str) -> torch.dtype | None:
     """Return the dtype of a tensor of the module, None where it is not floating or not there."""
-    tensor = getattr(module, name, None)
+    tensor = module._parameters.get(name)
+    if tensor is None:
+        tensor = getattr(module, name, None)
     return tensor.dtype if isinstance(tensor, Tensor) and tensor.is_floating_point() else None

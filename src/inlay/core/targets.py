@@ -48,6 +48,14 @@ class Place:
         """The unadapted module."""
         return self.module.get_base_layer() if isinstance(self.module, AdaptedLayer) else self.module
 
+    def put(self, module: nn.Module) -> None:
+        """Let another module stand here."""
+        for parent, name in self.parents:
+            if type(parent).__setattr__ is nn.Module.__setattr__:
+                parent._modules[name] = module  # which is all that it does, after long checks
+            else:
+                setattr(parent, name, module)
+
 
 def places(model: nn.Module) -> list[Place]:
     """Return every module of the model but the root, in the order of ``named_modules``.
@@ -173,7 +181,7 @@ def linear_paths(model: nn.Module, everything: list[Place], task_type: Any) -> s
         kind = kind_of(place.base)
         if kind is None or not kind.all_linear or id(place.base) in heads or id(place.module) in heads:
             continue
-        if named & set(place.path.split(".")):
+        if named and not named.isdisjoint(place.path.split(".")):
             continue
         found.add(place.path)
     return found

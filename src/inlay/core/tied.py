@@ -55,12 +55,14 @@ def owners(everything: list[Place]) -> dict[int, list[Place]]:
     return found
 
 
-def tied_groups(everything: list[Place]) -> list[Group]:
-    """Return the groups of layers that share a weight with an embedding."""
+def tied_groups(everything: list[Place], holders: dict[int, list[Place]] | None = None) -> list[Group]:
+    """Return the groups of layers that share a weight with an embedding; ``holders`` is what :func:`owners` returns."""
     groups = []
-    for places in owners(everything).values():
+    for places in (owners(everything) if holders is None else holders).values():
+        if len(places) < 2:
+            continue
         tables = [place for place in places if isinstance(place.base, nn.Embedding)]
-        if tables and len(places) > 1:
+        if tables:
             groups.append(Group(tables[0], [place for place in places if place is not tables[0]]))
     return groups
 

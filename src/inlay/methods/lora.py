@@ -156,6 +156,7 @@ class LoRA(Method):
     mixed = True
     unread = ("r", "lora_alpha")  # the tensors have the rank, and the scale says the rest
     shown = ("use_dora", "use_rslora", "lora_bias")
+    patterned = ("rank_pattern", "alpha_pattern")
     config: LoraConfig
 
     @classmethod

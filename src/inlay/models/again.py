@@ -41,8 +41,8 @@ def unwrapped(model: Any, wrapped: bool, policy: Policy) -> nn.Module:
 @contextmanager
 def replaced(root: nn.Module, name: str, policy: Policy) -> Iterator[None]:
     """Make room for an adapter of a taken name, where the policy says so; if the block fails, the old one is back."""
-    state = find_state(root)
-    if state is None or name not in state.records or not policy.starts_over:
+    state = find_state(root) if policy.starts_over else None
+    if state is None or name not in state.records:
         yield
         return
     from inlay.checkpoint import get_peft_model_state_dict, load_tensors

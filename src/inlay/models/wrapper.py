@@ -49,9 +49,12 @@ class Wrapper(nn.Module):
 
     def _first(self, config: Any, name: str, autocast: bool, low_memory: bool) -> None:
         """Add the adapter that the wrapper was made for."""
-        with replaced(self.get_base_model(), name, self.state.policy):
+        model = self.get_base_model()
+        checkpointing = is_checkpointing(model)  # asked of every module, so before there are more of them
+        with replaced(model, name, self.state.policy):
             self.base_model.add(config, name, autocast=autocast, low_memory=low_memory)
-        self.prepare_model_for_gradient_checkpointing(self.get_base_model(), only_if_on=True)
+        if checkpointing:
+            self.prepare_model_for_gradient_checkpointing(model)
 
     # -- forwarding -----------------------------------------------------------------------------------------------
 

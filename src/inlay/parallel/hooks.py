@@ -34,6 +34,8 @@ def lift(base: nn.Module, adapted: nn.Module) -> None:
     """Move what tensor parallelism put on a base layer up to the adapted layer."""
     if "torch.distributed.tensor" not in sys.modules:
         return
+    if not (base._forward_pre_hooks or base._forward_hooks or "forward" in base.__dict__):
+        return
     _move_hooks(base, adapted)
     style, mesh, inner = _installed(base)
     if style is not None:
@@ -85,6 +87,8 @@ def hidden_reduction(module: nn.Module) -> str | None:
 
     Its sums over processes are then made by hand, for the base's own tensors only.
     """
+    if not (module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__):
+        return None
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     if any(_home(hook) == _TRANSFORMERS_BEFORE_5_17 for hook in hooks):
         return (

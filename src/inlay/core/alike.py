@@ -1,0 +1,45 @@
+"""What a method says of a site, asked once for all sites that it treats alike."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from inlay.core.affine import Site
+from inlay.core.method import Method
+from inlay.core.slot import Slot
+
+__all__ = ["Answers", "Known", "ask"]
+
+
+@dataclass(slots=True)
+class Answers:
+    """What a method says of a site; there are no slots where it refuses.
+
+    Attributes:
+        slots: the tensors there, by role.
+        options: the numbers there.
+        refusal: why the method cannot work there, or None.
+        note: what is done otherwise than the config says, or None.
+    """
+
+    slots: dict[str, Slot]
+    options: dict[str, Any]
+    refusal: str | None = None
+    note: str | None = None
+
+
+Known = dict[tuple[Method, Hashable], Answers]
+
+
+def ask(method: Method, site: Site, known: Known) -> Answers:
+    """Return what a method says of a site, from ``known`` if it said so of one like it."""
+    key = (method, method.alike(site))
+    answers = known.get(key)
+    if answers is None:
+        refusal = method.refuse(site)
+        if refusal is not None:
+            return Answers({}, {}, refusal)
+        answers = known[key] = Answers(method.slots(site), method.options(site), None, method.note(site))
+    return answers
