@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 from inlay.checkpoint.files import load_adapter_files
-from inlay.checkpoint.mapped import release_of
 from inlay.checkpoint.manifest import Manifest, read_manifest, restore
+from inlay.checkpoint.mapped import release_of
 from inlay.checkpoint.state_dict import load_tensors
 from inlay.checkpoint.tree import Tree, bare_model
 from inlay.core.active import set_trainable
 from inlay.core.collect import uncollected
 from inlay.core.eject import delete, eject
-from inlay.core.holder import only_new
+from inlay.core.holder import put_in_eval_mode
 from inlay.core.inject import inject
 from inlay.core.plan import plan
 from inlay.core.policy import Policy
@@ -106,8 +106,7 @@ def load_all(
             tree.state.records[name].frozen = True
         set_trainable(tree.state, names, False)
         if tree.state.policy.eval_on_load:
-            with only_new(*names):
-                bare.eval()
+            put_in_eval_mode(bare, tree.state, names)
     return manifest
 
 

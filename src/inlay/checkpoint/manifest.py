@@ -77,6 +77,8 @@ def taken_from(tree: Tree, names: Iterable[str]) -> Manifest:
         for name in names:
             for entry in node.module.entries.get(name, ()):
                 planned = entry.method.options(entry.site)
+                if entry.options == planned:
+                    continue
                 changed = {
                     option: value
                     for option, value in _plain(entry.options, planned).items()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from inlay.checkpoint.card import model_card
 from inlay.checkpoint.commit import Commit
 from inlay.checkpoint.manifest import MANIFEST_NAME, adapter_folder, taken_from
-from inlay.checkpoint.state_dict import get_peft_model_state_dict
+from inlay.checkpoint.state_dict import saved_tensors
+from inlay.checkpoint.stored import storable, store
 from inlay.checkpoint.tree import Tree
 from inlay.config import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from inlay.core.state import check_adapter_name
@@ -58,13 +59,13 @@ def save_adapters(
     if os.path.isfile(save_directory):
         raise CheckpointError(f"Expected a folder to save into, found the file {os.fspath(save_directory)!r}.")
     tree = Tree(model)
-    names = list(tree.state.records) if selected_adapters is None else list(selected_adapters)
+    everything = (name for name, record in tree.state.records.items() if not record.slot)
+    names = list(everything if selected_adapters is None else selected_adapters)
     for name in names:
         tree.state.record(name)
         check_adapter_name(name)
     tensors = {
-        name: get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=save_embedding_layers)
-        for name in names
+        name: saved_tensors(tree, name, state_dict, save_embedding_layers=save_embedding_layers) for name in names
     }
     if not is_main_process:
         return
@@ -104,7 +105,10 @@ def saved_config(tree: Tree, name: str) -> Any:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, safe: bool) -> None:
-    """Write tensors each in full; aliases and views get memory of their own."""
+    """Write tensors each in full, also where they are views or aliases of each other."""
+    if safe and storable(tensors):
+        store(tensors, path)
+        return
     seen: set[tuple[torch.device, int]] = set()
     own: dict[str, Tensor] = {}
     for key, tensor in tensors.items():

@@ -20,7 +20,7 @@ from inlay.checkpoint.tree import TRANSPARENT, Tree
 from inlay.checkpoint.write import write
 from inlay.errors import CheckpointError, CheckpointMismatchError, InlayWarning, StateError, did_you_mean
 
-__all__ = ["get_peft_model_state_dict", "load_tensors", "set_peft_model_state_dict"]
+__all__ = ["get_peft_model_state_dict", "load_tensors", "saved_tensors", "set_peft_model_state_dict"]
 
 
 def get_peft_model_state_dict(
@@ -51,11 +51,21 @@ def get_peft_model_state_dict(
         CheckpointError: a tensor is on the meta device or a shard that cannot be gathered here, ``state_dict`` lacks
             one, or two tensors would have one key.
     """
-    tree = Tree(model)
-    index = key_index(tree, adapter_name)
-    for target in embeddings_to_save(tree, adapter_name, save_embedding_layers):
+    return saved_tensors(Tree(model), adapter_name, state_dict, save_embedding_layers=save_embedding_layers)
+
+
+def saved_tensors(
+    tree: Tree,
+    adapter: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """Do what :func:`get_peft_model_state_dict` does, with a model as it is now."""
+    index = key_index(tree, adapter)
+    for target in embeddings_to_save(tree, adapter, save_embedding_layers):
         index.add(target)
-    for target in biases_of_any_name(tree, index, adapter_name):
+    for target in biases_of_any_name(tree, index, adapter):
         if tree.owner_name(target.tensor) in tree.state.base_values:  # a load changed it
             index.add(target)
     given = None if state_dict is None else _Given(state_dict)
@@ -66,7 +76,7 @@ def get_peft_model_state_dict(
     for key, (source, transposed) in index.derived.items():
         value = result[index.rendered(source.key)]
         result[index.rendered(key)] = value.mT if transposed else value
-    return collected(tree, index, adapter_name, result, state_dict)
+    return collected(tree, index, adapter, result, state_dict)
 
 
 class _Given:

@@ -33,7 +33,7 @@ def unwrapped(module: nn.Module) -> tuple[nn.Module, str]:
     """Return the module below transparent wrappers, and the memory segments they add (``_orig_mod.``)."""
     passed = ""
     while True:
-        attribute = _below(type(module))
+        attribute = _below(type(module))  # type: ignore[arg-type]  # mypy takes a class for unhashable
         inner = None if attribute is None else module._modules.get(attribute)
         if inner is None:
             return module, passed

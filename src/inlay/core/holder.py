@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from inlay.core.entry import find_tensor
-from inlay.core.follow import Follower
+from inlay.core.follow import Follower, base_modules
 from inlay.parallel.hooks import lower
 
 if TYPE_CHECKING:
     from inlay.core.affine import Site
     from inlay.core.entry import Entry
+    from inlay.core.state import State
 
-__all__ = ["EntryHolder", "only_new"]
+__all__ = ["EntryHolder", "put_in_eval_mode"]
 
 
 class _Spared(threading.local):
@@ -27,19 +27,27 @@ class _Spared(threading.local):
 _spared = _Spared()
 
 
-@contextmanager
-def only_new(*names: str) -> Iterator[None]:
-    """Let ``train()`` and ``eval()`` of this thread pass by what other adapters have at layers that are in that mode.
+def put_in_eval_mode(model: nn.Module, state: State, names: Iterable[str]) -> None:
+    """Do what ``model.eval()`` does, passing by what other adapters than ``names`` have at layers in eval mode.
 
     A model may have thousands of adapters, and each has modules at every layer. What hangs below a layer has the
     layer's mode, unless somebody set it apart.
     """
-    before = _spared.names
-    _spared.names = names
-    try:
-        yield
-    finally:
-        _spared.names = before
+    names = tuple(names)
+    if any(module.training for module in base_modules(model)):
+        before, _spared.names = _spared.names, names
+        try:
+            model.eval()
+        finally:
+            _spared.names = before
+        return
+    for follower in state.layers():
+        if not isinstance(follower, EntryHolder):
+            follower.standing.eval()
+            continue
+        for module in follower._modules_of(names):
+            if module.training or module._modules:
+                module.eval()
 
 
 class EntryHolder(Follower):

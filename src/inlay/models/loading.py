@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from inlay.config.files import HUB_KEYWORDS
 from inlay.core.active import set_trainable
 from inlay.core.collect import uncollected
-from inlay.core.holder import only_new
+from inlay.core.holder import put_in_eval_mode
 from inlay.core.policy import Policy
 from inlay.core.registry import method_class
 from inlay.core.state import State
@@ -225,6 +225,5 @@ def _enter(
     if options.trainable:
         set_trainable(wrapper.state, [name], True)
     elif wrapper.state.policy.eval_on_load:
-        with only_new(name):
-            wrapper.eval()
+        put_in_eval_mode(wrapper, wrapper.state, [name])
     return result[0]

@@ -36,8 +36,10 @@ def gather(tensor: Tensor) -> Tensor:
 
     Collective: every process of the tensor's mesh must call it, for the same tensors in the same order.
     """
+    if not is_distributed(tensor):
+        return tensor.detach()
     with torch.no_grad():
-        return tensor.full_tensor() if is_distributed(tensor) else tensor.detach()  # type: ignore[attr-defined]
+        return tensor.full_tensor()  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
