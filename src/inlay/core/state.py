@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
@@ -39,6 +40,7 @@ class Record:
         saved: values of config fields that are saved instead of those that ``config`` shows.
         translation: what turns the adapter's tensors into those of a checkpoint and back, where that is not left to
             slots; see ``checkpoint.translation``.
+        slot: it is a place for registered adapters; see ``inlay.residency``.
     """
 
     config: Any
@@ -49,6 +51,15 @@ class Record:
     biases: tuple[str, ...] = ()
     saved: dict[str, Any] = field(default_factory=dict)
     translation: Any = None
+    slot: bool = False
+
+
+class Residency(Protocol):
+    """What knows registered adapters, and can bring them into a model; see ``inlay.residency``."""
+
+    def placed(self, names: Iterable[str]) -> AbstractContextManager[list[str]]: ...
+
+    def shown(self, names: Iterable[str]) -> list[str]: ...
 
 
 @dataclass(eq=False)
@@ -68,6 +79,7 @@ class State:
         replication: the list of blocks that ``layer_replication`` replaced, to be put back.
         training: adapters whose gradients may be on; the others are not looked at when adapters are switched. Who
             switches gradients on by hand, and not by adapter, is left alone.
+        residency: knows adapters that are registered and not in the model, if there are any.
     """
 
     policy: Policy = INLAY
@@ -80,6 +92,7 @@ class State:
     base_grad: dict[str, bool] = field(default_factory=dict)
     replication: Replication | None = None
     training: set[str] = field(default_factory=set)
+    residency: Residency | None = field(default=None, repr=False)
     _layers: dict[int, weakref.ref[Any]] = field(default_factory=dict, repr=False)
     _apart: dict[int, weakref.ref[Any]] = field(default_factory=dict, repr=False)
     _holder: weakref.ref[nn.Module] | None = field(default=None, repr=False)
@@ -87,7 +100,21 @@ class State:
     def __getstate__(self) -> dict[str, Any]:
         # Layers enter themselves when they are rebuilt, so a copy of a subtree splits off a state of its own.
         # So does the module that holds the shared tensors.
-        return {**self.__dict__, "_layers": {}, "_apart": {}, "_holder": None}
+        # Adapters that are registered elsewhere stay with the original.
+        return {**self.__dict__, "_layers": {}, "_apart": {}, "_holder": None, "residency": None}
+
+    @contextmanager
+    def placed(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Yield the names that adapters have in the model; registered ones are there as long as the block runs."""
+        if self.residency is None:
+            yield list(names)
+            return
+        with self.residency.placed(names) as held:
+            yield held
+
+    def shown(self) -> list[str]:
+        """Return the active adapters by the names that users know."""
+        return list(self.active) if self.residency is None else self.residency.shown(self.active)
 
     def touch(self) -> None:
         """Make every layer resolve its chain anew."""

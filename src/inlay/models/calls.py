@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from inlay.core.state import BASE, State
 from inlay.errors import RoutingError, UnknownAdapterError, did_you_mean
 from inlay.models.root import state_of
 
-__all__ = ["batch_size", "call", "checked_names", "rows_per_prompt"]
+__all__ = ["batch_size", "call", "checked_names", "routed", "rows_per_prompt"]
 
 
 def checked_names(state: State, names: Iterable[str], rows: int | None = None) -> tuple[str, ...]:
@@ -66,8 +66,28 @@ def call(
         UnknownAdapterError: a name that the model does not have.
     """
     state = state_of(model)
-    names = None if adapters is None else checked_names(state, adapters)
-    return opened(state, names=names, disabled=disabled)
+    if adapters is None or state.residency is None:
+        names = None if adapters is None else checked_names(state, adapters)
+        return opened(state, names=names, disabled=disabled)
+    return routed(state, adapters, disabled=disabled)
+
+
+@contextmanager
+def routed(
+    state: State, names: Iterable[str], *, rows: int | None = None, expand: int = 1, disabled: bool | None = None
+) -> Iterator[Call]:
+    """Open a call with an adapter for each sample; registered ones are in the model for as long as it is open.
+
+    Raises:
+        what :func:`checked_names` raises.
+    """
+    if isinstance(names, str):
+        checked_names(state, names)
+    with (
+        state.placed(list(names)) as held,
+        opened(state, names=checked_names(state, held, rows), disabled=disabled, expand=expand) as running,
+    ):
+        yield running
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

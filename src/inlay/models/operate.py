@@ -154,7 +154,11 @@ def activate(state: State, names: str | Iterable[str], inference_mode: bool = Fa
     Raises:
         UnknownAdapterError: a name that the model does not have.
     """
-    wanted = listed(names, "adapter_name")
+    with state.placed(listed(names, "adapter_name")) as wanted:
+        _activate(state, wanted, inference_mode)
+
+
+def _activate(state: State, wanted: list[str], inference_mode: bool) -> None:
     set_active(state, wanted)
     if not state.policy.unfreeze_on_activation:
         return

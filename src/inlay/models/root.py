@@ -21,8 +21,11 @@ class Configs(dict[str, Any]):
     """Configurations by adapter name; assigning to a name changes what will be saved for that adapter."""
 
     def __init__(self, records: dict[str, Record]) -> None:
-        super().__init__({name: record.config for name, record in records.items()})
         self._records = records
+        super().__init__(self._present())
+
+    def _present(self) -> dict[str, Any]:
+        return {name: record.config for name, record in self._records.items() if not record.slot}
 
     def __setitem__(self, name: str, config: Any) -> None:
         records = self.__dict__.get("_records")  # absent while a copy is being rebuilt
@@ -35,7 +38,7 @@ class Configs(dict[str, Any]):
     def refresh(self) -> None:
         """Follow what was added and deleted."""
         self.clear()
-        self.update({name: record.config for name, record in self._records.items()})
+        self.update(self._present())
 
 
 def mark(root: nn.Module, state: State) -> None:

@@ -200,7 +200,7 @@ class AdapterModel(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.state.active)
+        return self.state.shown()
 
     @active_adapters.setter
     def active_adapters(self, names: str | Iterable[str]) -> None:

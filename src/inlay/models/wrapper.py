@@ -15,7 +15,7 @@ from inlay.core.state import State
 from inlay.errors import StateError, UnsupportedError
 from inlay.models.again import replaced, unwrapped
 from inlay.models.backprop import is_checkpointing, let_gradients_in
-from inlay.models.calls import batch_size, checked_names, rows_per_prompt
+from inlay.models.calls import batch_size, routed, rows_per_prompt
 from inlay.models.tuner import AdapterModel
 
 __all__ = ["Wrapper"]
@@ -102,7 +102,7 @@ class Wrapper(nn.Module):
 
     @contextmanager
     def _routed(self, names: Iterable[str], rows: int | None, expand: int = 1) -> Iterator[None]:
-        with opened(self.state, names=checked_names(self.state, names, rows), expand=expand):
+        with routed(self.state, names, rows=rows, expand=expand):
             yield
 
     @property
@@ -142,9 +142,9 @@ class Wrapper(nn.Module):
         Raises:
             StateError: no adapter is active.
         """
-        if not self.active_adapters:
+        if not self.state.active:
             raise StateError("no adapter is active")
-        return self.peft_config[self.active_adapters[0]]
+        return self.state.record(self.state.active[0]).config
 
     @property
     def peft_type(self) -> Any:
