@@ -122,6 +122,11 @@ class Row:
     full: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of `measure`
     quick: Mapping[str, Any] = field(default_factory=dict)  # those that differ with --quick
 
+    @property
+    def bounded(self) -> bool:
+        """Whether a gate or a goal is set; rows without are for the page only, and left out with --quick."""
+        return any(target.gate is not None or target.goal is not None for target in self.targets)
+
     def parameters(self, quick: bool) -> dict[str, Any]:
         return {**self.full, **(self.quick if quick else {})}
 
