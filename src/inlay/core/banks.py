@@ -16,7 +16,7 @@ from torch import nn
 from inlay.core.kind import kind_of
 from inlay.core.targets import base_parameters, places
 
-__all__ = ["Bank", "Layout", "layout_of", "stacking", "stem"]
+__all__ = ["Bank", "Layout", "conversions", "layout_of", "stacking", "stem"]
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Layout:
 
 def layout_of(model: nn.Module) -> Layout:
     """Return what changed in a model's code since earlier releases of transformers; nothing for any other model."""
-    conversions = _conversions(model)
-    layout = Layout([], [c for c in conversions if not hasattr(c, "operations")])
-    stacked = [found for c in conversions if (found := stacking(c)) is not None]
+    changes = conversions(model)
+    layout = Layout([], [c for c in changes if not hasattr(c, "operations")])
+    stacked = [found for c in changes if (found := stacking(c)) is not None]
     parameters = base_parameters(model)
     blocks = set()
     for name, parameter in parameters.items() if stacked else ():
@@ -102,7 +102,7 @@ def layout_of(model: nn.Module) -> Layout:
     return layout
 
 
-def _conversions(model: nn.Module) -> list[Any]:
+def conversions(model: nn.Module) -> list[Any]:
     """Return transformers' conversions for a model of its own; older releases have none."""
     modeling, table = (sys.modules.get(f"transformers.{name}") for name in ("modeling_utils", "conversion_mapping"))
     own = getattr(modeling, "PreTrainedModel", None)
