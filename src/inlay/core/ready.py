@@ -2,8 +2,8 @@
 
 It is for one low-rank adapter whose factors are tensors of its own, over a base layer that is nothing but a product.
 What can change between two calls is asked for each time (hooks, tensors, mode); what follows from the state is held for
-its version. Tensors are read from their modules at every call; only views and casts of them are kept, and recognised by
-their source, its memory and its version.
+its version. Tensors are read from their modules at every call; only views of them are kept, and recognised by their
+source and its memory.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Ready:
         self.compute = layer.compute
         self.options = None if entry is None else entry.options
         self.numbers = None if entry is None else dict(entry.options)
-        self.source: tuple[Any, ...] = (None,) * 7  # what ``views`` was made from
+        self.source: tuple[Any, ...] = (None,) * 5  # what ``views`` was made from
         self.views: Any = None
 
     def run(self, x: Tensor) -> Tensor | None:
@@ -101,15 +101,15 @@ class Ready:
             A is not held[0]
             or B is not held[1]
             or dtype is not held[2]
-            or A._version != held[3]
-            or B._version != held[4]
-            or A.data_ptr() != held[5]
-            or B.data_ptr() != held[6]
+            or A.data_ptr() != held[3]
+            or B.data_ptr() != held[4]
         ) and not self._refresh(A, B, x):
             return None
         if self.options != self.numbers:
             return None
         down, up = self.views
+        if down.dtype is not dtype:
+            down, up = down.to(dtype), up.to(dtype)  # anew each time, since nothing tells of writes through ``.data``
         if x.dim() == 2:
             return _linear(x, weight, bias).addmm_(_linear(x, down), up, alpha=self.scale)
         rows = x.reshape(-1, self.channels)
@@ -118,12 +118,11 @@ class Ready:
         return y.view(*x.shape[:-1], self.out)
 
     def _refresh(self, A: Tensor, B: Tensor, x: Tensor) -> bool:
-        """Make views of other tensors; False where they are not plain ones, or products do not run in the input's
-        dtype."""
+        """Make views of other tensors; False where they are not plain, or products are not to run in x's dtype."""
         if product_dtype(x, A.dtype, self.compute) != x.dtype or {type(A), type(B)} - {nn.Parameter, Tensor}:
             return False
-        self.views = (A.detach().to(x.dtype), B.detach().to(x.dtype).t())
-        self.source = (A, B, x.dtype, A._version, B._version, A.data_ptr(), B.data_ptr())
+        self.views = (A.detach(), B.detach().t())
+        self.source = (A, B, x.dtype, A.data_ptr(), B.data_ptr())
         return True
 
 
@@ -155,8 +154,6 @@ def ready_for(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> Ready | None:
         module = holder._modules.get(entry.name)
         tensor = p.get(role)
         if leaf != "weight" or module is None or module._parameters.get("weight") is not tensor:
-            return None
-        if tensor is None or tensor.is_inference():  # has no version to know it again by
             return None
         leaves.append(module)
     return Ready(layer, entry, leaves, float(delta.scale))

@@ -1,4 +1,9 @@
-"""A value that follows from tensors, kept for as long as none of them changes. Off unless someone switches it on."""
+"""Values that follow from tensors, kept for as long as none of them changes.
+
+What follows from frozen base weights (:func:`row_norms`) is always kept. What follows from an adapter's tensors is
+kept only when someone switches it on, because code that writes through ``tensor.data``, which nothing notices, is usual
+there.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
-__all__ = ["is_remembering", "remember", "remembered"]
+__all__ = ["is_remembering", "remember", "remembered", "row_norms"]
 
 _on = False
+_norms: Any = WeakIdKeyDictionary()  # weight -> (key, its squared row norms)
 _kept: Any = WeakIdKeyDictionary()  # first parameter -> (what it was computed from, value)
 
 
@@ -39,17 +45,35 @@ def remembered(compute: Callable[[], Tensor], *sources: Tensor | float) -> Tenso
         compute: gives a tensor without gradient.
         sources: what it depends on; the first is a parameter, and the value is dropped with it.
     """
-    key = _key(sources) if _on and not torch.compiler.is_compiling() else None
+    return _held_or(compute, _kept, sources) if _on and not torch.compiler.is_compiling() else compute()
+
+
+@torch.no_grad()
+def row_norms(weight: Tensor) -> Tensor:
+    """Return the squared norm of every row of a weight (*, out, in): (*, out), float32, or float64 for such a weight.
+
+    They are kept for a parameter, or a view of one, until torch's version counter, its memory or its dtype is another.
+    """
+
+    def compute() -> Tensor:
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.linalg.vector_norm(weight.detach(), dim=-1, dtype=dtype).square_()
+
+    return compute() if torch.compiler.is_compiling() else _held_or(compute, _norms, (weight,))
+
+
+def _held_or(compute: Callable[[], Tensor], store: Any, sources: tuple[Tensor | float, ...]) -> Tensor:
+    key = _key(sources)
     if key is None:
         return compute()
     first = _owner(sources[0])
-    held = _kept.get(first)
+    held = store.get(first)
     if held is not None and held[0] == key:
-        value: Tensor = held[1]
-        return value
+        found: Tensor = held[1]
+        return found
     value = compute()
-    if not value.requires_grad:
-        _kept[first] = (key, value)
+    if not value.requires_grad and not value.is_inference():
+        store[first] = (key, value)
     return value
 
 

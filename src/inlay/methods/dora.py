@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from inlay.core.affine import Affine, Site
 from inlay.core.method import P
 from inlay.core.remember import remembered
+from inlay.core.row_norms import norms_with
 from inlay.core.slot import Constant, Slot
 from inlay.methods.lora import LoRA
 
@@ -49,8 +49,7 @@ class DoRA(LoRA):
         """Return the row norms of the adapted base weight, (*experts, out)."""
 
         def compute() -> Tensor:
-            weight = base.weight.detach() + self.update(site, p).dense().detach()
-            return torch.linalg.vector_norm(weight, dim=-1)
+            return norms_with(base.weight, self.update(site, p))
 
         return compute() if p.training else remembered(compute, p.A, p.B, base.weight, p.scaling)
 
