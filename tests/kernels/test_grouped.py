@@ -24,6 +24,7 @@ from inlay.core.plan import plan
 from inlay.core.policy import PEFT
 from inlay.core.state import BASE, State
 from inlay.kernels.grouped import Slices, Updates, add_updates, make_slices
+from inlay.kernels.routed_op import add_routed
 from inlay.kernels.stacked import Stack
 from inlay.kernels.switch import without_fast_paths
 from inlay.methods.lora import LoraConfig
@@ -97,7 +98,7 @@ def run(
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor | None]:
     with opened(state, names=names), around():
-        y = (forward or model)(x)
+        y = model(x) if forward is None else forward(x)
     return gradients(model, x, y)
 
 
@@ -180,7 +181,6 @@ def test_inputs_in_any_layout(taken: list[str]) -> None:
 
 def test_an_expanded_gradient(taken: list[str]) -> None:
     model, state = subject()
-    x = batch(torch.float64, 3)
     for inner in ((), (300,)):
         x = batch(torch.float64, *inner)
         grads = []
@@ -196,25 +196,24 @@ def test_gradcheck_and_gradients_of_gradients() -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-    A, B, biases = [random(2, 5), random(3, 5)], [random(4, 2), random(4, 3)], [random(4), None]
-    weight = random(4, 5).detach()
-    for updates in ([0, 1, -1, 0], [1, 1, 0, -1]):
-        for slices in (
-            make_slices(updates, 0, torch.device("cpu")),
-            make_slices(updates, 10**6, torch.device("cpu")),
-        ):
+    A, B, biases = [random(1, 3), random(2, 3)], [random(2, 1), random(2, 2)], [random(2), None]
+    weight = random(2, 3).detach()
+    updates = [0, 1, -1, 0]
+    for width in (0, 10**6):  # sorted, and not
+        slices = make_slices(updates, width, torch.device("cpu"))
+        assert (slices.order is None) == (width > 0)
 
-            def function(x: Tensor, y: Tensor | None, *tensors: Tensor, slices: Slices = slices) -> Tensor:
-                base = (x, weight, None) if y is None else y
-                bias = [tensors[4], None]
-                made = Updates(tensors[:2], tensors[2:4], bias, [0.5, 2.0], [0.0, 0.0], torch.float64)
-                return add_updates(base, x, slices, made)
+        def function(x: Tensor, y: Tensor | None, *tensors: Tensor, slices: Slices = slices) -> Tensor:
+            base = (x, weight, None) if y is None else y
+            bias = [tensors[4], None]
+            made = Updates(tensors[:2], tensors[2:4], bias, [0.5, 2.0], [0.0, 0.0], torch.float64)
+            return add_updates(base, x, slices, made)
 
-            x = random(4, 2, 5)
-            for y in (None, random(4, 2, 4)):
-                inputs = (x, y, *A, *B, biases[0])
-                assert torch.autograd.gradcheck(function, inputs)
-                assert torch.autograd.gradgradcheck(function, inputs)
+        x = random(4, 1, 3)
+        for y in (None, random(4, 1, 2)):
+            inputs = (x, y, *A, *B, biases[0])
+            assert torch.autograd.gradcheck(function, inputs)
+            assert torch.autograd.gradgradcheck(function, inputs)
 
 
 def test_biases_of_the_update(taken: list[str]) -> None:
@@ -466,3 +465,55 @@ def test_no_stack_where_gradients_are_wanted() -> None:
         for _ in range(3):
             model(x)
         assert not any(isinstance(stack, Stack) for stack in stacks(state))
+
+
+# -- compiled ---------------------------------------------------------------------------------------------------------
+
+
+def compiled(model: nn.Module) -> tuple[Any, list[Any]]:
+    """The model compiled whole, and the graphs made for it."""
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+    backend = torch._dynamo.lookup_backend("aot_eager")
+
+    def make(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return backend(graph, inputs)
+
+    return torch.compile(model, fullgraph=True, backend=make, dynamic=False), graphs
+
+
+def test_compiled_one_graph_serves_any_order_of_a_set_of_adapters() -> None:
+    model, state = subject()
+    traced, graphs = compiled(model)
+    x = batch(torch.float64, 3)
+    arrangements = [MIXED, MIXED[::-1], ("b", "b", "b", BASE, "a", "c", "elsewhere", "c")]
+    for names in arrangements:
+        assert_equal(run(model, state, x, names, forward=traced), run(model, state, x, names), 1e-12)
+    assert len(graphs) == 1
+    names = ("a", "b") * 4
+    found = run(model, state, x, names, forward=traced)
+    assert_equal(found, run(model, state, x, names), 1e-12)
+    assert found["first.lora_A.c.weight"] is None  # who has no sample gets no gradient, rather than one of zeros
+    assert len(graphs) == 2
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert sum("add_routed" in target for target in called) == 2
+
+
+def test_compiled_with_products_in_the_dtype_of_the_adapter() -> None:
+    model, state = subject(torch.bfloat16, PEFT)
+    traced, _ = compiled(model)
+    x = batch(torch.bfloat16, 3)
+    assert_equal(run(model, state, x, forward=traced), run(model, state, x), TOLERANCE[torch.bfloat16])
+
+
+def test_the_operator_is_a_good_citizen() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    A, B = [random(2, 5), random(3, 5)], [random(4, 2), random(4, 3)]
+    rows = torch.tensor([2, 0, 1, 2])
+    torch.library.opcheck(add_routed, (random(4, 3, 4), random(4, 3, 5), A, B, [0.5, 2.0], rows, [0, 2]))
+    torch.library.opcheck(add_routed, (random(4, 4), random(4, 5).detach(), A, B, [0.5, 2.0], rows, [0, 2]))

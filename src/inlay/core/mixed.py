@@ -16,6 +16,7 @@ from inlay.core.affine import LowRank
 from inlay.core.call import Call
 from inlay.core.fused import active_dropout, fused_dtype, input_reason, own_product
 from inlay.core.method import Method, P
+from inlay.core.mixed_graph import trace_together
 from inlay.core.state import BASE
 from inlay.errors import RoutingError
 from inlay.kernels.grouped import Updates, add_updates
@@ -55,7 +56,11 @@ def run_routed(layer: AdaptedLayer, call: Call, args: tuple[Any, ...], kwargs: d
         return layer._run_named(here[0], args, kwargs)
     x = args[0] if args else next(iter(kwargs.values()))
     names = call.names_for(x)
-    y = None if call.routes is None else _run_together(layer, call.routes.of(names), here, x, args, kwargs)
+    y = None
+    if call.routes is not None:
+        routes = call.routes.of(names)
+        together = trace_together if torch.compiler.is_compiling() else _run_together
+        y = together(layer, routes, here, x, args, kwargs)
     return layer.kind.routed(layer, names, layer._run_named, args, kwargs) if y is None else y
 
 
@@ -68,7 +73,7 @@ def _run_together(
     kwargs: dict[str, Any],
 ) -> Tensor | None:
     """Run the updates of the adapters ``here``; None where one of them, or the input, needs the generic way."""
-    if layer.kind.name != "linear" or input_reason(x) is not None or torch.compiler.is_compiling():
+    if layer.kind.name != "linear" or input_reason(x) is not None:
         return None
     samples = len(routes.names)
     if x.dim() < 2 or x.shape[0] != samples:
@@ -86,9 +91,10 @@ def _run_together(
     product = None if args or kwargs else own_product(layer, x)
     base: Tensor | tuple[Tensor, Tensor, Tensor | None]
     if product is None:
-        base = layer.base_layer(x, *args, **kwargs)
-        if type(base) not in _PLAIN or base.shape[:-1] != x.shape[:-1]:
+        output = layer.base_layer(x, *args, **kwargs)
+        if type(output) not in _PLAIN or output.shape[:-1] != x.shape[:-1]:
             return None
+        base = output
     else:
         base = (x.to(product[0].dtype), *product)
     rows = x.shape[1:-1].numel()
@@ -200,7 +206,7 @@ def _stack(
     routes: Routes,
     here: tuple[str, ...],
     x: Tensor,
-    base: Tensor | tuple[Tensor, ...],
+    base: Tensor | tuple[Tensor, Tensor, Tensor | None],
     rows: int,
     A: tuple[Tensor, ...],
     B: tuple[Tensor, ...],

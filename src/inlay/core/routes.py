@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from inlay.kernels.grouped import Slices, make_slices
 from inlay.kernels.stacked import Seats, make_seats
@@ -43,7 +42,7 @@ class Routes:
 
     def of(self, names: tuple[str, ...]) -> Routes:
         """Return the routes of a batch of the same adapters in which every sample stands several times."""
-        if names == self.names:
+        if len(names) == len(self.names):  # traced code must not compare names, which would become constants of it
             return self
         if self._repeated is None or self._repeated.names != names:
             self._repeated = Routes(names)
@@ -80,9 +79,3 @@ class Routes:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Routes, (self.names,)
-
-
-def rows_of(rows: Tensor, which: Sequence[int]) -> list[int]:
-    """Return for each sample the position of its adapter in ``which``, or -1."""
-    position = {adapter: i for i, adapter in enumerate(which)}
-    return [position.get(adapter, -1) for adapter in rows.tolist()]

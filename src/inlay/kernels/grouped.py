@@ -157,7 +157,7 @@ def add_updates(
     tensors = (*updates.A, *updates.B, *(bias for bias in updates.biases if bias is not None))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, given, own, *tensors)):
         settings = (slices, updates.biases, updates.scales, updates.drops, updates.dtype, updates.own_dropout)
-        return _Grouped.apply(x, wide, weight, given, own, settings, *tensors)  # type: ignore[no-any-return]
+        return _Grouped.apply(x, wide, weight, given, own, settings, *tensors)
     return _forward(x, wide, weight, given, own, slices, updates, None)
 
 
@@ -250,7 +250,7 @@ def _dropped(part: Tensor, p: float, own: bool, scale: float, kept: _Kept | None
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         wide: Tensor | None,
@@ -270,7 +270,7 @@ class _Grouped(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         slices, biased, dtype, masks, factors, scales = ctx.settings
         count, pieces = len(scales), len(factors)
         x, weight, *saved = ctx.saved_tensors
@@ -338,7 +338,7 @@ def backward_pieces(
     wides: list[Tensor] = []
     seats = {k: 2 * count + i for i, k in enumerate(k for k in range(count) if biased[k])}  # of the biases in `out`
     for i, ((k, _, _), g, part, share) in enumerate(zip(slices.pieces, grads, ins, shares, strict=True)):
-        factor = factors[i]
+        factor, mask = factors[i], bits[i]
         if k in seats and needs[seats[k]]:
             total = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)) * scales[k]
             held = out[seats[k]]
@@ -346,8 +346,8 @@ def backward_pieces(
         if g.dtype != dtype:
             g = g.to(dtype)
         kept = part if part.dtype == dtype else part.to(dtype)
-        if bits[i] is not None:
-            kept = kept * bits[i]
+        if mask is not None:
+            kept = kept * mask
         if dx is not None or needs[k]:
             dt = g @ B[k].to(dtype)
             if factor != 1.0:
@@ -356,10 +356,10 @@ def backward_pieces(
                 _product_into(out, k, dt, kept)
             if dx is not None:
                 down = A[k].to(dtype)
-                if share is not None and bits[i] is None and share.dtype == dtype:
+                if share is not None and mask is None and share.dtype == dtype:
                     share.addmm_(dt, down)
                 else:
-                    wide = dt @ down if bits[i] is None else (dt @ down) * bits[i]
+                    wide = dt @ down if mask is None else (dt @ down) * mask
                     wides.append(wide) if share is None else share.add_(wide)
         if needs[count + k]:
             t = ts[i] if ts else kept @ A[k].to(dtype).t()
