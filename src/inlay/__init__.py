@@ -78,6 +78,7 @@ _HOMES: dict[str, str] = {
     "VeraConfig": "inlay.methods.vera",
     "call": "inlay.models.calls",
     "install_as_peft": "inlay.compat.install",
+    "merge_checkpoint": "inlay.models.merge_disk",
 }
 
 __version__ = "0.1.0"
@@ -131,6 +132,7 @@ __all__ = [
     "install_as_peft",
     "iter_merged",
     "load_peft_weights",
+    "merge_checkpoint",
     "plan",
     "prepare_model_for_kbit_training",
     "save_as_lora",

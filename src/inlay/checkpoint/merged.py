@@ -22,7 +22,7 @@ from inlay.core.state import State
 from inlay.errors import ConfigTypeError, MergeError, StateError
 from inlay.parallel.tensors import gather
 
-__all__ = ["adapter_tensors", "iter_merged"]
+__all__ = ["Change", "adapter_tensors", "changes", "iter_merged", "merged_value"]
 
 
 def adapter_tensors(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ def iter_merged(
         raise ConfigTypeError(f"dtype: expected a floating dtype such as torch.bfloat16, found {dtype}")
     tree = Tree(model)
     names = list(tree.state.active) if adapters is None else [adapters] if isinstance(adapters, str) else list(adapters)
-    return _tensors(tree, _plans(tree.state, names), names, dtype)
+    return _tensors(list(changes(tree, names)), dtype)
 
 
 @dataclass
@@ -136,53 +136,90 @@ def _check_commute(layer: AdaptedLayer, names: list[str]) -> None:
     )
 
 
-def _tensors(
-    tree: Tree, plans: dict[tuple[int, str], _Plan], names: list[str], dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    seen: set[int] = set()
+@dataclass
+class Change:
+    """What stands for one tensor of the base model.
+
+    Attributes:
+        module, attribute: where the tensor is; in a full copy where there is one.
+        plan: what is to be added to it, if anything is.
+        original: the tensor that a full copy stands for.
+    """
+
+    module: nn.Module
+    attribute: str
+    plan: _Plan | None = None
+    original: Tensor | None = None
+
+    @property
+    def held(self) -> Tensor:
+        """The tensor as the model has it."""
+        held = self.module._parameters.get(self.attribute)
+        return self.module._buffers[self.attribute] if held is None else held  # type: ignore[return-value]
+
+
+def changes(tree: Tree, names: list[str]) -> Iterator[tuple[str, Change]]:
+    """Iterate over every tensor of the base model by name, with what the adapters ``names`` make of it.
+
+    Raises:
+        MergeError, UnknownAdapterError: they cannot be merged; before the first tensor.
+    """
+    plans = _plans(tree.state, names)
     covered: set[int] = set()
     for node in tree.nodes:
-        if id(node.module) in covered:
+        module = node.module
+        if id(module) in covered:
             continue
-        if isinstance(node.module, ModuleCopies):
-            copies = node.module.modules_to_save._modules
-            chosen = next((copies[name] for name in reversed(names) if name in copies), node.module.original_module)
-            if chosen is not node.module.original_module:
-                covered.update(map(id, node.module.original_module.modules()))
+        if isinstance(module, ModuleCopies):
+            copies = module.modules_to_save._modules
+            chosen = next((copies[name] for name in reversed(names) if name in copies), None)
+            if chosen is not None:
+                covered.update(map(id, module.original_module.modules()))
+                originals = {name: getattr(o, a) for name, o, a in persistent_tensors(module.original_module)}
                 for name, owner, attribute in persistent_tensors(chosen):
-                    yield from _one(_dotted(node.original, name), owner, attribute, None, seen, dtype)
+                    yield _dotted(node.original, name), Change(owner, attribute, None, originals.get(name))
             continue
-        if follower_of(node.module) is not None:
+        if follower_of(module) is not None:
             continue
-        buffers = [name for name in node.module._buffers if name not in node.module._non_persistent_buffers_set]
-        if storage.storage_of(node.module) is not storage.PLAIN:
+        buffers = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+        if storage.storage_of(module) is not storage.PLAIN:
             buffers = []  # what the storage itself keeps
-        for name in (*node.module._parameters, *buffers):
-            plan = plans.get((id(node.module), name))
-            yield from _one(_dotted(node.original, name), node.module, name, plan, seen, dtype)
+        for name in (*module._parameters, *buffers):
+            change = Change(module, name, plans.get((id(module), name)))
+            if module._parameters.get(name) is not None or module._buffers.get(name) is not None:
+                yield _dotted(node.original, name), change
+
+
+def _tensors(found: Iterable[tuple[str, Change]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    for name, change in found:
+        if id(change.held) not in seen:
+            seen.add(id(change.held))
+            yield name, merged_value(name, change, dtype)
 
 
 def _dotted(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _one(
-    name: str, module: nn.Module, attribute: str, plan: _Plan | None, seen: set[int], dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    held = module._parameters.get(attribute)
-    if held is None:
-        held = module._buffers.get(attribute)
-    if held is None or id(held) in seen:
-        return
-    seen.add(id(held))
-    with torch.no_grad(), storage.onloaded(module):
-        value = _value(name, module, attribute, held, plan, dtype)
-    yield name, value
+@torch.no_grad()
+def merged_value(name: str, change: Change, dtype: torch.dtype | None) -> Tensor:
+    """Return one tensor of the merged model, whole.
+
+    Args:
+        name: what the base model calls it, for messages.
+        change: from :func:`changes`.
+        dtype: of the result where it is floating; by default that of the stored tensor.
+
+    Raises:
+        StateError: it is on the meta device.
+        MergeError: it would not be finite.
+    """
+    with storage.onloaded(change.module):
+        return _value(name, change.module, change.attribute, change.plan, dtype)
 
 
-def _value(
-    name: str, module: nn.Module, attribute: str, held: Tensor, plan: _Plan | None, dtype: torch.dtype | None
-) -> Tensor:
+def _value(name: str, module: nn.Module, attribute: str, plan: _Plan | None, dtype: torch.dtype | None) -> Tensor:
     plain = storage.storage_of(module) is storage.PLAIN
     whole = gather(getattr(module, attribute) if plain else storage.read(module, attribute))
     if whole.is_meta:
