@@ -65,6 +65,8 @@ _HOMES: dict[str, str] = {
     ),
     **dict.fromkeys(["LoraConfig", "LoraRuntimeConfig"], "inlay.methods.lora"),
     "AdapterStore": "inlay.residency",
+    "explain": "inlay.core.explain",
+    "without_fast_paths": "inlay.kernels.switch",
     "FourierFTConfig": "inlay.methods.fourierft",
     "IA3Config": "inlay.methods.ia3",
     "InlayError": "inlay.errors",
@@ -78,6 +80,7 @@ _HOMES: dict[str, str] = {
     "VeraConfig": "inlay.methods.vera",
     "call": "inlay.models.calls",
     "install_as_peft": "inlay.compat.install",
+    "prepare_for_compile": "inlay.models.compiled",
     "merge_checkpoint": "inlay.models.merge_disk",
 }
 
@@ -120,6 +123,7 @@ __all__ = [
     "call",
     "cast_mixed_precision_params",
     "convert_to_lora",
+    "explain",
     "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_layer_status",
@@ -134,11 +138,13 @@ __all__ = [
     "load_peft_weights",
     "merge_checkpoint",
     "plan",
+    "prepare_for_compile",
     "prepare_model_for_kbit_training",
     "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",
+    "without_fast_paths",
 ]
 
 

@@ -25,7 +25,19 @@ if TYPE_CHECKING:
     from inlay.core.entry import Entry
     from inlay.core.layer import AdaptedLayer
 
-__all__ = ["Updates", "chain_reason", "own_product", "run_chain", "run_updates", "updates_of"]
+__all__ = [
+    "Updates",
+    "active_dropout",
+    "chain_reason",
+    "delta_reason",
+    "fused_dtype",
+    "input_reason",
+    "own_product",
+    "product_reason",
+    "run_chain",
+    "run_updates",
+    "updates_of",
+]
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -167,18 +179,34 @@ def run_updates(
     return y if bias is None else y + bias.to(y.dtype)
 
 
+def product_reason(layer: AdaptedLayer) -> str | None:
+    """Return why the base layer has to be called for its product, or None where its weight and bias say all of it."""
+    base: Any = layer._modules["base_layer"]
+    found = layer.kind.plain_tensors(base)
+    if found is None:
+        return f"{type(base).__name__} has a forward of its own, or its weight is computed"
+    own = base.__dict__
+    if "forward" in own:
+        return "the forward of the base layer was replaced"
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    if hooks or nn.modules.module._has_any_global_hook():
+        return "there are hooks on the call of the base layer"
+    weight, bias = found
+    if type(weight) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN):
+        return f"the weight of the base layer is a {type(weight).__name__}, not a plain tensor"
+    if weight.requires_grad:
+        return "the weight of the base layer is being trained"
+    return None if weight.is_floating_point() else f"the weight of the base layer is held as {weight.dtype}"
+
+
 def own_product(layer: AdaptedLayer, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Return weight (out, in) and bias if the base layer is nothing but their product with ``x``, which then needs no
     call of it; None otherwise."""
-    base = layer._modules["base_layer"]
-    found = layer.kind.plain_tensors(base)
-    if found is None or _is_watched(base):
+    if product_reason(layer) is not None:
         return None
+    found = layer.kind.plain_tensors(layer._modules["base_layer"])
+    assert found is not None
     weight, bias = found
-    if type(weight) not in _PLAIN or weight.requires_grad or not weight.is_floating_point():
-        return None
-    if bias is not None and type(bias) not in _PLAIN:
-        return None
     device = x.device.type
     if torch.is_autocast_enabled(device):
         if x.dtype == torch.float64 or weight.dtype == torch.float64:
@@ -186,16 +214,3 @@ def own_product(layer: AdaptedLayer, x: Tensor) -> tuple[Tensor, Tensor | None] 
         dtype = torch.get_autocast_dtype(device)
         return weight.to(dtype), None if bias is None else bias.to(dtype)
     return (weight, bias) if weight.dtype == x.dtype and weight.device == x.device else None
-
-
-def _is_watched(module: Any) -> bool:
-    """Whether someone hooked into the module's call, for himself or for all modules."""
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or nn.modules.module._has_any_global_hook()
-    )

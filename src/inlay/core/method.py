@@ -70,6 +70,7 @@ class Method:
         mergeable: False where the update depends on the data.
         mixed: whether PEFT lets the method take part in a mixed model.
         ties: layers that share the weight of an adapted embedding are adapted with it, without being asked.
+        scales_rows: ``forward`` is nothing but ``inner.plus`` with a gain (DoRA), which has a fast path over the base.
         unread: options that the mathematics does not read; compiled code must not depend on their values.
         shown: config fields that can be read on a layer by adapter name (``layer.use_dora["default"]``).
         patterned: the pattern fields of the config, where they are all that tells sites of one form apart: ``slots``,
@@ -82,6 +83,7 @@ class Method:
     mergeable: ClassVar[bool] = True
     mixed: ClassVar[bool] = False
     ties: ClassVar[bool] = False
+    scales_rows: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
     shown: ClassVar[tuple[str, ...]] = ()
     patterned: ClassVar[tuple[str, ...] | None] = None

@@ -22,6 +22,8 @@ __all__ = ["DoRA"]
 class DoRA(LoRA):
     """``m * (W + s B A) / ||W + s B A||``: norms by row, of the untouched weight, held constant in backward."""
 
+    scales_rows = True
+
     @property
     def commutes(self) -> bool:
         return True  # it adds to what is below; its norm reads the untouched weight
