@@ -1,17 +1,17 @@
-"""Sites that are bare parameters (``target_parameters``), and how a module runs with rewritten ones."""
+"""Sites that are bare parameters (``target_parameters``)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from inlay.core.call import call_in_force
-from inlay.core.clone import call_with
 from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
+from inlay.core.nest import Nested, run_nest
 from inlay.core.patterns import layer_index, matcher
 from inlay.core.targets import Place
 from inlay.errors import TargetError, UnsupportedError, nearest
@@ -19,25 +19,7 @@ from inlay.errors import TargetError, UnsupportedError, nearest
 if TYPE_CHECKING:
     from inlay.core.plan import Plan
 
-__all__ = ["ParameterLayer", "parameter_layers", "plan_parameters", "rewritten"]
-
-
-def rewritten(layer: AdaptedLayer, chain: tuple[Entry, ...], off: bool) -> dict[str, Tensor]:
-    """Return the layer's parameters with a chain over them, by name, in their stored dtype; empty if none changes.
-
-    ``off`` asks for the untouched layer, also while something is merged into it.
-    """
-    if off:
-        if not layer.merged:
-            return {}
-        affine = layer.base_affine()
-    elif chain:
-        affine = layer.fold(chain)
-    else:
-        return {}
-    leaf = layer.leaf_layer
-    stored = layer.kind.stored(leaf, layer.site, affine)
-    return {name: tensor.to(getattr(leaf, name).dtype) for name, tensor in stored.items()}
+__all__ = ["ParameterLayer", "parameter_layers", "plan_parameters"]
 
 
 def parameter_layers(module: nn.Module) -> Iterator[ParameterLayer]:
@@ -65,22 +47,16 @@ class ParameterLayer(AdaptedLayer):
         return self.kind.weight_name
 
     def _run(self, chain: tuple[Entry, ...], args: tuple[Any, ...], kwargs: dict[str, Any], off: bool = False) -> Any:
-        tensors = rewritten(self, chain, off)
+        nest: list[Nested] = [(self, chain, off)]
         for layer in parameter_layers(self.base_layer):
             hidden = off or not layer.enabled
             over = () if hidden else layer.chain(call_in_force(self.state, self.training))
-            tensors.update(rewritten(layer, over, hidden))
-        return self._call(tensors, args, kwargs)
+            nest.append((layer, over, hidden))
+        return run_nest(self.leaf_layer, nest, args, kwargs)
 
     def _run_named(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors: dict[str, Tensor] = {}
-        for layer in parameter_layers(self):
-            tensors.update(rewritten(layer, layer.entries.get(name, ()), False))
-        return self._call(tensors, args, kwargs)
-
-    def _call(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        leaf = self.leaf_layer
-        return call_with(leaf, tensors, args, kwargs) if tensors else leaf(*args, **kwargs)
+        nest: list[Nested] = [(layer, layer.entries.get(name, ()), False) for layer in parameter_layers(self)]
+        return run_nest(self.leaf_layer, nest, args, kwargs)
 
     def extra_repr(self) -> str:
         return f"parameter={self.parameter_name}, {super().extra_repr()}"

@@ -153,7 +153,7 @@ class BankRun:
         delta = update.delta
         A, B = delta.A, delta.B.mT
         if route.segments.few:  # the experts without rows are not touched
-            used = torch.tensor(route.segments.used, device=A.device)
+            used = torch.tensor(route.segments.used, dtype=torch.long, device=A.device)
             A, B = A.index_select(0, used), B.index_select(0, used)
         factor = delta.scale * scale
         if not (isinstance(factor, float) and factor == 1.0):

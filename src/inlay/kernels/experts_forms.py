@@ -85,7 +85,7 @@ def why_not(module: Any) -> str | None:
             return f"{name} is no plain tensor of numbers"
         if bank.dtype.itemsize < 2:
             return f"{name} is stored in {bank.dtype}"
-        if bank.requires_grad:
+        if bank.requires_grad and torch.is_grad_enabled():
             return f"{name} trains itself"
     return None if form.refuse is None else form.refuse(module)
 

@@ -54,8 +54,8 @@ def bank_product(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, A, B, dropped)):
         found: Tensor = _BankProduct.apply(x, dropped, weight, A, B, route, spread)
         return found
-    rows, read = _rows(x, dropped, route, spread)
-    return products(rows, read, weight, A, B, route.segments)[0]
+    read = x if dropped is None else dropped
+    return products(x, read, weight, A, B, route.segments, route.tokens if spread else None)[0]
 
 
 class _BankProduct(torch.autograd.Function):
@@ -70,10 +70,10 @@ class _BankProduct(torch.autograd.Function):
         route: Route,
         spread: bool,
     ) -> Tensor:
-        rows, read = _rows(x, dropped, route, spread)
-        y, t = products(rows, read, weight, A, B, route.segments)
-        kept = x if dropped is None else dropped  # the bank is frozen: only A has a gradient that needs rows
-        ctx.save_for_backward(kept if A is not None and A.requires_grad else None, weight, A, B, t)
+        read = x if dropped is None else dropped
+        y, t = products(x, read, weight, A, B, route.segments, route.tokens if spread else None)
+        # the bank is frozen: only A has a gradient that needs rows
+        ctx.save_for_backward(read if A is not None and A.requires_grad else None, weight, A, B, t)
         ctx.route, ctx.spread, ctx.shared = route, spread, dropped is None
         return y
 
@@ -82,30 +82,38 @@ class _BankProduct(torch.autograd.Function):
         read, weight, A, B, t = ctx.saved_tensors
         route, spread, needs = ctx.route, ctx.spread, ctx.needs_input_grad
         wanted = (needs[0], needs[1], needs[3], needs[4])
-        if read is not None and spread:
-            read = route.spread(read) if torch.is_grad_enabled() else read.index_select(0, route.tokens)
-        make = differentiable_gradients if torch.is_grad_enabled() else gradients
-        dx, dread, dA, dB = make(grad, read, weight, A, B, t, route.segments, wanted, ctx.shared)
+        given = (weight, A, B, t, route.segments, wanted, ctx.shared)
+        if torch.is_grad_enabled():
+            read = route.spread(read) if read is not None and spread else read
+            dx, dread, dA, dB = differentiable_gradients(grad, read, *given)
+        else:
+            dx, dread, dA, dB = gradients(grad, read, *given, route.tokens if spread else None)
         if spread:
             dx, dread = (None if d is None else route.summed(d) for d in (dx, dread))
         return dx, dread, None, dA, dB, None, None
 
 
-def _rows(x: Tensor, dropped: Tensor | None, route: Route, spread: bool) -> tuple[Tensor, Tensor]:
-    rows = x.index_select(0, route.tokens) if spread else x
-    if dropped is None:
-        return rows, rows
-    return rows, dropped.index_select(0, route.tokens) if spread else dropped
-
-
 def products(
-    x: Tensor, read: Tensor, weight: Tensor | None, A: Tensor | None, B: Tensor | None, segments: Segments
+    x: Tensor,
+    read: Tensor,
+    weight: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    segments: Segments,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return y (S, out), and t = read A^T (S, r), of sorted rows."""
+    """Return y (S, out), and t = read A^T (S, r).
+
+    ``x`` and ``read`` are sorted rows, unless ``tokens`` (S,) says which row of them is each sorted row.
+    """
+    count = (x if tokens is None else tokens).shape[0]
     width = (B if weight is None else weight).shape[2]  # type: ignore[union-attr]
     with torch.autocast(x.device.type, enabled=False):
         if one_kernel(segments, x, weight, A, B):
             offsets = segments.offsets
+            same = read is x
+            x = x if tokens is None else x.index_select(0, tokens)
+            read = x if same else read if tokens is None else read.index_select(0, tokens)
             base = None if weight is None else grouped_mm(x, weight, offs=offsets)
             if A is None:
                 return base, x.new_empty(0)
@@ -113,19 +121,22 @@ def products(
             share = grouped_mm(t, B, offs=offsets)
             return share if base is None else base.add_(share), t
         lengths, used = segments.on_host()
-        beyond = x.shape[0] - sum(lengths)  # rows that belong to no expert
-        make = x.new_zeros if beyond else x.new_empty
-        y, t = make(x.shape[0], width), x.new_empty(0) if A is None else make(x.shape[0], A.shape[1])
+        make = x.new_empty if count == sum(lengths) else x.new_zeros  # there are rows that belong to no expert
+        y, t = make(count, width), x.new_empty(0) if A is None else make(count, A.shape[1])
         start = 0
         for place, (expert, length) in enumerate(zip(used, lengths, strict=True)):
             rows, start = slice(start, start + length), start + length
             ye = y[rows]
+            # an expert's rows are gathered where they are used, while they are in the cache
+            xe = x[rows] if tokens is None else x.index_select(0, tokens[rows])
             if weight is not None:
-                torch.mm(x[rows], _as(weight[expert], x), out=ye)
+                torch.mm(xe, _as(weight[expert], x), out=ye)
             if A is not None and B is not None:
                 at = expert if A.shape[0] == segments.experts else place
                 te = t[rows]
-                torch.mm(read[rows], A[at].mT, out=te)
+                if read is not x:
+                    xe = read[rows] if tokens is None else read.index_select(0, tokens[rows])
+                torch.mm(xe, A[at].mT, out=te)
                 if weight is None:
                     torch.mm(te, B[at], out=ye)
                 else:
@@ -143,10 +154,12 @@ def gradients(
     segments: Segments,
     needs: tuple[bool, ...],
     shared: bool,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, of what the update reads, of A and of B, those that are needed; of sorted rows.
+    """Return the gradients of x, of what the update reads (both of sorted rows), of A and of B, those that are needed.
 
-    ``shared``: the update reads x itself, so its share is added to the gradient of x. ``read`` counts for A alone.
+    ``shared``: the update reads x itself, so its share is added to the gradient of x. ``read`` counts for A alone; it
+    holds sorted rows, unless ``tokens`` (S,) says which row of it is each sorted row.
     """
     need_x, need_read, need_A, need_B = needs
     back = A is not None and (need_read or (need_x and shared))
@@ -159,6 +172,8 @@ def gradients(
             share = grouped_mm(dt, A, offs=offsets) if back else None
             if shared and need_x:
                 dx, share = share if dx is None else dx if share is None else dx.add_(share), None
+            if read is not None and tokens is not None:
+                read = read.index_select(0, tokens)
             dA = grouped_mm(dt.mT, read, offs=offsets) if dt is not None and need_A else None
             return dx, share, dA, grouped_mm(t.mT, grad, offs=offsets) if need_B else None
         lengths, used = segments.on_host()
@@ -189,7 +204,8 @@ def gradients(
             elif to is not None and shared:
                 torch.mm(dt, A[at], out=to) if weight is None else to.addmm_(dt, A[at])
             if dA is not None and read is not None:
-                torch.mm(dt.mT, read[rows], out=dA[at])
+                re = read[rows] if tokens is None else read.index_select(0, tokens[rows])
+                torch.mm(dt.mT, re, out=dA[at])
         return dx, dread, dA, dB
 
 

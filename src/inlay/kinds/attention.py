@@ -13,7 +13,7 @@ from inlay.core.call import call_in_force
 from inlay.core.clone import call_with, shallow_clone
 from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
-from inlay.core.parameter import rewritten
+from inlay.core.nest import rewritten
 from inlay.core.route import split_rows
 from inlay.core.state import State
 from inlay.errors import RoutingError, UnsupportedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ __all__ = ["Stacked"]
 class Stacked(Whole):
     """One named parameter of any module: (out, in), or (experts, out, in).
 
-    A module with a true ``is_transposed`` (GPT-OSS) stores its banks as (experts, in, out). Nothing is known of how
-    the module uses the parameter, so only weight space is open: the module runs with the rewritten parameter.
+    A module with a true ``is_transposed`` (GPT-OSS) stores its banks as (experts, in, out). Where nothing is known of
+    how the module uses the parameter, only weight space is open: the module runs with the rewritten parameter. Banks
+    of experts whose routing is known (``kernels.experts_forms``) are adapted in token space.
     """
 
     name = "stacked"
@@ -63,6 +65,23 @@ class Stacked(Whole):
     def stored_dims(self, site: Site) -> tuple[str, ...]:
         matrix = ("in", "out") if site.transposed else ("out", "in")
         return (*["experts"] * len(site.experts), *matrix)
+
+    def routed(
+        self,
+        layer: nn.Module,
+        names: tuple[str, ...],
+        run: Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run each adapter on its samples' rows; experts get the tokens of all samples, one sample after the other."""
+        from inlay.kernels.experts_forms import form_of
+
+        form = form_of(layer.leaf_layer)  # type: ignore[arg-type]
+        x = args[0] if args else next(iter(kwargs.values()))
+        if form is not None and form.tokens and x.shape[0] % len(names) == 0:
+            names = tuple(name for name in names for _ in range(x.shape[0] // len(names)))
+        return super().routed(layer, names, run, args, kwargs)
 
     def adapt(self, module: nn.Module, site: Site, state: State) -> Any:
         from inlay.core.parameter import ParameterLayer
