@@ -45,11 +45,35 @@ def key_index(tree: Tree, adapter: str) -> KeyIndex:
 
 
 def _slots(tree: Tree, adapter: str) -> Iterator[Target]:
-    adapted = [(node, node.module) for node in tree.nodes if isinstance(node.module, AdaptedLayer)]
-    for node, layer in adapted:
+    known: dict[Any, dict[str, _Names]] = {}  # by what a method treats alike: few of hundreds of layers differ
+    for node in tree.nodes:
+        layer = node.module
+        if not isinstance(layer, AdaptedLayer):
+            continue
         for entry in layer.entries.get(adapter, ()):
-            if entry.home is None:
-                yield from _entry_slots(node, layer, entry)
+            if entry.home is not None:
+                continue
+            alike = (entry.method, entry.method.alike(entry.site))
+            named = known.get(alike)
+            if named is None:
+                slots = entry.method.slots(entry.site)
+                named = known[alike] = {role: _Names(slot, adapter) for role, slot in slots.items()}
+            yield from _entry_slots(node, layer, entry, named)
+
+
+class _Names:
+    """What one slot of an adapter is called, below its layer."""
+
+    __slots__ = ("after", "before", "depth", "disk", "memory", "plain", "shape", "slot")
+
+    def __init__(self, slot: Slot, adapter: str) -> None:
+        self.slot = slot
+        self.shape = torch.Size(slot.shape)
+        self.disk = slot.disk_name
+        self.plain = slot.key.replace(".*", "").replace("*.", "")  # as PEFT names most tensors
+        self.before, _, self.after = slot.key.rpartition("*")
+        self.memory = slot.memory_name(adapter)
+        self.depth = len(slot.place[0])
 
 
 def _add_tied(index: KeyIndex, tree: Tree, adapter: str) -> None:
@@ -76,18 +100,18 @@ def _add_tied(index: KeyIndex, tree: Tree, adapter: str) -> None:
                     index.derived[keys[other[role]]] = (source, turned)
 
 
-def _entry_slots(node: Node, layer: AdaptedLayer, entry: Entry) -> Iterator[Target]:
-    slots = entry.method.slots(entry.site)
+def _entry_slots(node: Node, layer: AdaptedLayer, entry: Entry, named: dict[str, _Names]) -> Iterator[Target]:
     weight = getattr(layer.leaf_layer, layer.kind.weight_name, None)
     device = None if weight is None else weight.device
     memory = f"{node.memory}." if node.memory else ""
+    path = f"{MODEL_PREFIX}{node.path}." if node.path else MODEL_PREFIX
     for role, containers, leaf in entry.places:
-        slot = slots[role]
-        mounted = containers[: len(containers) - len(slot.place[0])]  # what a mount puts above the slot's own names
+        names = named[role]
+        mounted = containers[: len(containers) - names.depth]  # what a mount puts above the slot's own names
+        between = ".".join(mounted) + "." if mounted else ""
         holder, attribute = slot_holder(layer, entry.name, containers, leaf)
-        above = ".".join((node.path, *mounted)) if node.path else ".".join(mounted)
-        target = _target(slot, f"{MODEL_PREFIX}{above}", memory, holder, attribute, entry.name, mounted, "slot", device)
-        target.slot = slot
+        target = _target(names, path + between, memory + between, holder, attribute, "slot", device)
+        target.slot = names.slot
         if role in entry.room:
             target.room = torch.Size(entry.room[role])
         yield target
@@ -106,31 +130,22 @@ def slot_holder(home: nn.Module, adapter: str, containers: tuple[str, ...], leaf
 
 
 def _target(
-    slot: Slot,
-    above: str,
-    memory: str,
-    holder: nn.Module,
-    attribute: str,
-    adapter: str,
-    mounted: tuple[str, ...],
-    part: str,
-    device: torch.device | None,
+    names: _Names, above: str, memory: str, holder: nn.Module, attribute: str, part: str, device: torch.device | None
 ) -> Target:
-    above = above if not above or above.endswith(".") else f"{above}."
-    key = f"{above}{slot.disk_name}"
-    plain = slot.key.replace(".*", "").replace("*.", "")
-    before, _, after = f"{above}{slot.key}".rpartition("*")
-    same = plain == slot.disk_name
+    """Return the target of a slot, with what stands before its names in a checkpoint and in memory."""
+    key = above + names.disk
+    same = names.plain == names.disk
+    around = (above + names.before, names.after)
     return Target(
         key,
         holder,
         attribute,
-        torch.Size(slot.shape),
-        f"{memory}{'.'.join((*mounted, slot.memory_name(adapter)))}",
+        names.shape,
+        memory + names.memory,
         part,
-        slot.saved,
-        () if same else (f"{above}{plain}",),
-        ((before, after),) if same else ((before, after), (key, "")),
+        names.slot.saved,
+        () if same else (above + names.plain,),
+        (around,) if same else (around, (key, "")),
         device,
     )
 
@@ -163,9 +178,8 @@ def _shared(tree: Tree, adapter: str) -> Iterator[Target]:
     for slot in tree.state.records[adapter].shared.values():
         holder, attribute = slot_holder(tree.state.shared, adapter, *slot.place)
         memory = ROOT_PREFIX if tree.wrapped else ""
-        target = _target(
-            slot, ROOT_PREFIX, memory, holder, attribute, adapter, (), "shared", _first_device(tree, adapter)
-        )
+        device = _first_device(tree, adapter)
+        target = _target(_Names(slot, adapter), ROOT_PREFIX, memory, holder, attribute, "shared", device)
         target.aliases += (f"{MODEL_PREFIX}{target.key}",)  # as transformers saves a model with injected adapters
         yield target
 

@@ -133,7 +133,17 @@ def load_onto(
     config, tensors = read_adapter(model, model_id, options)
     tuner = cls.tuner or tuner_class(config.peft_type)
     wrapper = wrapper_class(config.task_type, cls).around(model, policy, tuner)
-    _enter(wrapper, name, config, tensors, options, model_id)
+    # Before there are more modules to go through, unless adapters are there already.
+    early = policy.eval_on_load and not options.trainable and not wrapper.state.records
+    modes = [(module, module.training) for module in model.modules()] if early else []
+    try:
+        if early:
+            wrapper.eval()
+        _enter(wrapper, name, config, tensors, options, model_id)
+    except BaseException:
+        for module, mode in modes:
+            module.training = mode
+        raise
     return wrapper
 
 

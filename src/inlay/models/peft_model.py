@@ -15,6 +15,7 @@ from inlay.core.layer import AdaptedLayer
 from inlay.core.policy import Policy, default_policy
 from inlay.errors import ConfigError, UnsupportedError
 from inlay.models import counting
+from inlay.models.backprop import is_checkpointing
 from inlay.models.loading import LoadOptions, load_all_onto, load_into, load_onto, refuse_unknown
 from inlay.models.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from inlay.models.tuner import tuner_class
@@ -211,6 +212,7 @@ class PeftModel(PushToHub, Wrapper):
         options: LoadOptions,
     ) -> Any:
         """Do what :meth:`from_pretrained` does, under a policy."""
+        checkpointing = is_checkpointing(model)  # asked of every module, so before there are more of them
         if adapters is None:
             wrapper = load_onto(cls, model, model_id, name, policy, options)
         elif adapters != "all":
@@ -219,7 +221,8 @@ class PeftModel(PushToHub, Wrapper):
             raise ConfigError("from_pretrained: adapters='all' takes names and configurations as they were saved")
         else:
             wrapper = load_all_onto(cls, model, model_id, policy, options)
-        wrapper.prepare_model_for_gradient_checkpointing(model, only_if_on=True)
+        if checkpointing:
+            wrapper.prepare_model_for_gradient_checkpointing(model)
         return wrapper
 
     def load_adapter(
