@@ -35,7 +35,7 @@ class Ready:
     Args:
         layer: the layer.
         entry: the adapter's entry, None where none runs (or what does is merged).
-        leaves: the modules that hold its A, (r, in), and B, (out, r).
+        homes: the modules that hold, by adapter name, those that its A, (r, in), and B, (out, r), are the weights of.
         scale: of the update.
     """
 
@@ -45,6 +45,8 @@ class Ready:
         "compute",
         "down",
         "layer",
+        "modules",
+        "name",
         "numbers",
         "options",
         "out",
@@ -55,12 +57,14 @@ class Ready:
         "views",
     )
 
-    def __init__(self, layer: AdaptedLayer, entry: Entry | None = None, leaves: Any = (), scale: float = 1.0) -> None:
-        self.base: Any = layer._modules["base_layer"]
+    def __init__(self, layer: AdaptedLayer, entry: Entry | None = None, homes: Any = (), scale: float = 1.0) -> None:
+        self.modules: Any = layer._modules
+        self.base: Any = self.modules["base_layer"]
         self.layer = layer.__dict__
         self.plain = layer.kind.plain_tensors
-        self.down: Any = leaves[0]._parameters if leaves else None
-        self.up: Any = leaves[1]._parameters if leaves else None
+        self.name = "" if entry is None else entry.name
+        self.down: Any = homes[0]._modules if homes else None
+        self.up: Any = homes[1]._modules if homes else None
         self.scale = scale
         self.channels, self.out = layer.site.channels, layer.site.out
         self.compute = layer.compute
@@ -76,11 +80,13 @@ class Ready:
         found = self.plain(base)
         if (
             found is None
+            or self.modules["base_layer"] is not base
             or own["_forward_hooks"]
             or own["_forward_pre_hooks"]
             or layer["_forward_hooks"]
             or layer["_forward_pre_hooks"]
             or "forward" in own
+            or "forward" in layer
             or module_calls._global_forward_hooks
             or module_calls._global_forward_pre_hooks
             or open_calls.calls
@@ -88,15 +94,23 @@ class Ready:
             or forward_ad._current_level >= 0
             or torch._C._are_functorch_transforms_active()
             or torch._C._is_any_autocast_enabled()
+            or torch._C._get_tracing_state()
         ):
             return None
         weight, bias = found
-        dtype, cls = x.dtype, type(weight)
-        if dtype is not weight.dtype or type(x) is not Tensor or (cls is not nn.Parameter and cls is not Tensor):
+        cls = type(weight)
+        if type(x) is not Tensor or (cls is not nn.Parameter and cls is not Tensor):
+            return None
+        dtype = x.dtype
+        if dtype is not weight.dtype:
             return None
         if self.down is None:
             return _linear(x, weight, bias)
-        A, B, held = self.down["weight"], self.up["weight"], self.source
+        if x.layout is not torch.strided or x.is_nested:
+            return None
+        A = self.down[self.name]._parameters.get("weight")
+        B = self.up[self.name]._parameters.get("weight")
+        held = self.source
         if (
             A is not held[0]
             or B is not held[1]
@@ -117,9 +131,9 @@ class Ready:
         y.addmm_(_linear(rows, down), up, alpha=self.scale)
         return y.view(*x.shape[:-1], self.out)
 
-    def _refresh(self, A: Tensor, B: Tensor, x: Tensor) -> bool:
+    def _refresh(self, A: Any, B: Any, x: Tensor) -> bool:
         """Make views of other tensors; False where they are not plain, or products are not to run in x's dtype."""
-        if product_dtype(x, A.dtype, self.compute) != x.dtype or {type(A), type(B)} - {nn.Parameter, Tensor}:
+        if {type(A), type(B)} - {nn.Parameter, Tensor} or product_dtype(x, A.dtype, self.compute) != x.dtype:
             return False
         self.views = (A.detach(), B.detach().t())
         self.source = (A, B, x.dtype, A.data_ptr(), B.data_ptr())
@@ -145,7 +159,7 @@ def ready_for(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> Ready | None:
     if any(isinstance(number, Tensor) for number in entry.options.values()):
         return None
     home: Any = entry.home if entry.home is not None else layer
-    leaves = []
+    homes = []
     for role in ("A", "B"):
         containers, leaf = held[role]
         holder = home
@@ -155,5 +169,5 @@ def ready_for(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> Ready | None:
         tensor = p.get(role)
         if leaf != "weight" or module is None or module._parameters.get("weight") is not tensor:
             return None
-        leaves.append(module)
-    return Ready(layer, entry, leaves, float(delta.scale))
+        homes.append(holder)
+    return Ready(layer, entry, homes, float(delta.scale))

@@ -58,6 +58,29 @@ class Narrow:
         self.t = t
 
 
+class _Made:
+    """A product made for a layer before its turn. It serves if the factors are then still what they were."""
+
+    __slots__ = ("entries", "marks", "t")
+
+    def __init__(self, entries: tuple[Entry, ...], updates: Updates, t: Tensor) -> None:
+        self.entries = entries
+        self.marks = _marks(updates)
+        self.t = t
+
+    def serves(self, entries: tuple[Entry, ...], updates: Updates) -> bool:
+        if self.entries != entries or len(self.marks) != len(updates.deltas):
+            return False
+        return all(
+            old[0] is new[0] and old[1:] == new[1:] for old, new in zip(self.marks, _marks(updates), strict=True)
+        )
+
+
+def _marks(updates: Updates) -> list[tuple[Tensor, int, int]]:
+    """Return what tells later whether a factor A is another one or was written to."""
+    return [(delta.A, delta.A._version, delta.A.data_ptr()) for delta in updates.deltas]
+
+
 class _Seen(threading.local):
     """The input that a layer got last in this thread, its mask, and the parts made for those expected to get it too."""
 
@@ -65,7 +88,7 @@ class _Seen(threading.local):
     key: Any = None
     leader: Any = None
     mask: Mask | None = None
-    ready: dict[int, tuple[tuple[Entry, ...], Narrow]]
+    ready: dict[int, _Made]
 
     def __init__(self) -> None:
         self.ready = {}
@@ -88,8 +111,8 @@ def narrow(layer: AdaptedLayer, entries: tuple[Entry, ...], updates: Updates, x:
     leader = None if seen.leader is None else seen.leader()
     if leader is not None and leader is not layer and seen.x() is x and seen.key == key:
         made = seen.ready.pop(id(layer), None)
-        if made is not None and made[0] == entries:
-            return [made[1]]
+        if made is not None and made.serves(entries, updates):
+            return [_part(made.t, updates, seen.mask)]
         if not _joins(layer, x):
             return [_alone(updates, x, seen.mask)]
         known = [companion for companion in _companions.get(leader, ()) if companion[0]() not in (None, layer)]
@@ -117,19 +140,23 @@ def _for_all(layer: AdaptedLayer, updates: Updates, x: Tensor, p: float, key: An
         if not all(entry in chain for entry in entries):
             continue
         theirs = updates_of(other, entries, x)
-        if theirs is not None and _key(other, theirs, x, _one_probability(other, theirs)) == key:
+        if theirs is None or not all(type(d.A) is nn.Parameter and not d.A.is_inference() for d in theirs.deltas):
+            continue  # a factor that is computed is another tensor each time
+        if _key(other, theirs, x, _one_probability(other, theirs)) == key:
             group.append((other, entries, theirs))
     mask = _seen.mask = Mask(x, p) if p else None
     ts = shrink(x, [[delta.A for delta in one.deltas] for _, _, one in group], updates.dtype, mask)
-    factor = mask.scale if mask is not None else 1.0
-    parts = [Narrow(t, one.deltas, factor) for t, (_, _, one) in zip(ts, group, strict=True)]
-    for (other, entries, _), part in zip(group[1:], parts[1:], strict=True):
-        _seen.ready[id(other)] = (entries, part)
-    return parts[0]
+    for (other, entries, theirs), t in zip(group[1:], ts[1:], strict=True):
+        _seen.ready[id(other)] = _Made(entries, theirs, t)
+    return _part(ts[0], updates, mask)
 
 
 def _alone(updates: Updates, x: Tensor, mask: Mask | None) -> Narrow:
     (t,) = shrink(x, [[delta.A for delta in updates.deltas]], updates.dtype, mask)
+    return _part(t, updates, mask)
+
+
+def _part(t: Tensor, updates: Updates, mask: Mask | None) -> Narrow:
     return Narrow(t, updates.deltas, mask.scale if mask is not None else 1.0)
 
 

@@ -75,7 +75,9 @@ class _Shrink(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         parts = _shrink(x, factors, widths, dtype, None if mask is None else mask.bits())
         kept = None if mask is None else mask.kept
-        ctx.save_for_backward(x, kept, *factors)
+        wanted = any(ctx.needs_input_grad[5:])  # a frozen A leaves nothing to keep the input for
+        ctx.save_for_backward(x if wanted else None, kept, *factors)
+        ctx.shape, ctx.given = x.shape, x.dtype
         ctx.mask = mask if kept is None else None  # saved bits are the graph's to free
         ctx.dtype, ctx.widths, ctx.counts = dtype, widths, counts
         ctx.set_materialize_grads(False)
@@ -95,13 +97,13 @@ class _Shrink(torch.autograd.Function):
             return tuple(out)
         if bits is None and ctx.mask is not None:
             bits = ctx.mask.bits()
-        narrow = [grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0) for grad in grads if grad is not None]
+        narrow = [_rows(grad) for grad in grads if grad is not None]
         dt = narrow[0] if len(narrow) == 1 else torch.cat(narrow, dim=-1)
         if ctx.needs_input_grad[0]:
-            dx = (dt @ _stacked([factors[i] for i in used], ctx.dtype)).view(x.shape)
-            out[0] = (dx if bits is None else dx * bits).to(x.dtype)
+            dx = (dt @ _stacked([factors[i] for i in used], ctx.dtype)).view(ctx.shape)
+            out[0] = (dx if bits is None else dx * bits).to(ctx.given)
         if any(ctx.needs_input_grad[5 + i] for i in used):
-            kept = _dropped(x, ctx.dtype, bits).reshape(-1, x.shape[-1])
+            kept = _rows(_dropped(x, ctx.dtype, bits))
             parts = (dt.mT @ kept).split([factors[i].shape[0] for i in used])
             for i, part in zip(used, parts, strict=True):
                 if ctx.needs_input_grad[5 + i]:

@@ -47,7 +47,7 @@ class Mask:
         self._bits: Tensor | None = None
         self._seed: int | None = None
         capturing = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if (x.device.type != "cpu" if again is None else again) and not capturing:
+        if (x.device.type not in ("cpu", "meta") if again is None else again) and not capturing:
             self._seed = int(torch.empty((), dtype=torch.int64).random_())
         else:
             self._bits = self._draw(None)
