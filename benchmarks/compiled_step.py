@@ -109,7 +109,7 @@ def after_preparing(run: Run, hidden: int, inner: int, tokens: int) -> Figures:
     for name, library in run.libraries().items():
         model = two_adapters(library, block, 8)
         if hasattr(library, "prepare_for_compile"):
-            library.prepare_for_compile(model, slots=2, max_rank=8)
+            library.prepare_for_compile(model, slots=1, max_rank=8)
         else:
             swapping(library).prepare_model_for_compiled_hotswap(model, target_rank=8)
         count = Recompilations(block, model)

@@ -79,6 +79,7 @@ class Target:
     goal: float | None
     least: bool  # whether the figure has to be at least so large; otherwise at most
     reason: str = ""  # why the goal is missed; shown only where it is
+    unit: str = ""  # of gate and goal, where the name does not say that it is a ratio
 
     def met(self, bound: float | None, value: float) -> bool:
         if bound is None:
@@ -100,14 +101,18 @@ class Target:
         return "missed" if self.gate is None else "gate"
 
 
-def at_most(gate: float | None, goal: float | None = None, *, of: str = "inlay / floor", reason: str = "") -> Target:
+def at_most(
+    gate: float | None, goal: float | None = None, *, of: str = "inlay / floor", reason: str = "", unit: str = ""
+) -> Target:
     """The figure ``of`` is at most ``gate``, better still at most ``goal``."""
-    return Target(of, gate, goal, least=False, reason=reason)
+    return Target(of, gate, goal, False, reason, unit or ("x" if " / " in of else ""))
 
 
-def at_least(gate: float | None, goal: float | None = None, *, of: str = "peft / inlay", reason: str = "") -> Target:
+def at_least(
+    gate: float | None, goal: float | None = None, *, of: str = "peft / inlay", reason: str = "", unit: str = ""
+) -> Target:
     """The figure ``of`` is at least ``gate``, better still at least ``goal``."""
-    return Target(of, gate, goal, least=True, reason=reason)
+    return Target(of, gate, goal, True, reason, unit or ("x" if " / " in of else ""))
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ KEPT = "merge_adapter, which keeps a copy of the weight"
     "merge fp32, nothing kept",
     what=described(OUT),
     floor=FLOOR,
-    targets=(at_least(6, 10, reason=READ_FIRST), at_most(2**20, of="peak, inlay")),
+    targets=(at_least(6, 10, reason=READ_FIRST), at_most(2**20, of="peak, inlay", unit="B")),
     **SIZES,
 )
 def fp32(run: Run, size: int, rounds: int) -> Figures:
@@ -96,7 +96,7 @@ def fp32(run: Run, size: int, rounds: int) -> Figures:
     "merge bf16, nothing kept",
     what=described(OUT),
     floor=FLOOR,
-    targets=(at_least(4, 5), at_most(2**22, of="peak, inlay")),
+    targets=(at_least(4, 5), at_most(2**22, of="peak, inlay", unit="B")),
     **SIZES,
 )
 def bf16(run: Run, size: int, rounds: int) -> Figures:

@@ -24,7 +24,7 @@ def number(value: float, unit: str = "") -> str:
                 return f"{value / size:.3g} {name}"
         return f"{value / 1e-6:.3g} us"
     if unit == "rel":
-        return f"{value:.1e}"
+        return f"{value:.1e}" if value else "0"
     if unit == "" and value == int(value):
         return str(int(value))
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 3 if unit == "x" and 0.9 < value < 1.1 else 2
@@ -54,7 +54,7 @@ def lines(row: Row, figures: Mapping[str, Figure], failed: str | None = None) ->
     first = row.name
     for target in row.targets:
         figure = figures.get(target.of)
-        unit = figure.unit if figure else "x" if " / " in target.of else ""
+        unit = figure.unit if figure else target.unit
         yield (
             first,
             target.of,
