@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["adapter_dtype", "merge_dtype", "product_dtype"]
+__all__ = ["adapter_dtype", "autocast_dtype", "merge_dtype", "product_dtype"]
 
 _FLOAT8 = tuple(
     getattr(torch, name)
@@ -37,6 +37,14 @@ def product_dtype(x: Tensor, adapter: torch.dtype, compute: str) -> torch.dtype:
     if compute == "adapter" or not x.is_floating_point():
         return adapter
     return x.dtype
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype that autocast runs products in on a device, None where it is off."""
+    kind = device.type
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def merge_dtype(weight: torch.dtype) -> torch.dtype:

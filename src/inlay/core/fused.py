@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from inlay.core.affine import Delta, LowRank
-from inlay.core.dtype import product_dtype
+from inlay.core.dtype import autocast_dtype, product_dtype
 from inlay.core.method import Method, P
 from inlay.core.sharing import narrow
 from inlay.kernels.lowrank import expand
@@ -89,10 +89,14 @@ def input_reason(x: object) -> str | None:
     """Return why this input, or what is going on around it, needs the generic path, or None."""
     if type(x) not in _PLAIN or not x.is_floating_point():  # type: ignore[attr-defined]
         return f"the input is a {type(x).__name__}, not a plain tensor of features"
+    if x.layout is not torch.strided or x.is_nested:  # type: ignore[attr-defined]
+        return "the input is not a dense tensor"
     if not fast_paths_on():
         return "fast paths are switched off"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a functorch transform or forward-mode differentiation is active"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces the model, which records no Python functions"
     return None
 
 
@@ -111,11 +115,14 @@ def updates_of(layer: AdaptedLayer, chain: Sequence[Entry], x: Tensor) -> Update
 
 
 def fused_dtype(layer: AdaptedLayer, deltas: Sequence[LowRank], x: Tensor) -> torch.dtype:
-    """Return the dtype that products run in: autocast's where it is on, else that of ``core.dtype``."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return product_dtype(x, deltas[0].A.dtype, layer.compute)
+    """Return the dtype that products run in: autocast's where it is on, else the widest that ``core.dtype`` says."""
+    cast = autocast_dtype(x.device)
+    if cast is not None and x.dtype != torch.float64:
+        return cast
+    dtype = product_dtype(x, deltas[0].A.dtype, layer.compute)
+    for delta in deltas[1:]:
+        dtype = torch.promote_types(dtype, product_dtype(x, delta.A.dtype, layer.compute))
+    return dtype
 
 
 def active_dropout(p: P) -> nn.Module | None:
@@ -207,10 +214,9 @@ def own_product(layer: AdaptedLayer, x: Tensor) -> tuple[Tensor, Tensor | None] 
     found = layer.kind.plain_tensors(layer._modules["base_layer"])
     assert found is not None
     weight, bias = found
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(x.device)
+    if dtype is not None:
         if x.dtype == torch.float64 or weight.dtype == torch.float64:
             return None
-        dtype = torch.get_autocast_dtype(device)
         return weight.to(dtype), None if bias is None else bias.to(dtype)
     return (weight, bias) if weight.dtype == x.dtype and weight.device == x.device else None
