@@ -232,4 +232,4 @@ class LoRA(Method):
             n = math.prod(site.experts)
             B = B.view(B.shape[0], -1, n).permute(2, 0, 1)
             return A.view(n, -1, A.shape[1]).view(*site.experts, -1, A.shape[1]), B.reshape(*site.experts, *B.shape[1:])
-        return site.matrix(A), site.matrix(B).flatten(1)
+        return site.matrix(A), site.matrix(B)
