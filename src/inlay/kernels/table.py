@@ -73,7 +73,7 @@ def sum_of(kind: Kind, module: nn.Module, site: Site, y: Tensor, x: Tensor, delt
 
 
 def _plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter)
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested
 
 
 def _cast(kind: Kind, module: nn.Module, site: Site, x: Tensor, delta: Delta, compute: str) -> Delta:
