@@ -35,9 +35,11 @@ def test_files_are_those_of_the_library(tmp_path):
     store(tensors, tmp_path / "ours")
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     found, right = mapped_tensors(tmp_path / "ours"), load_file(tmp_path / "theirs")
-    assert found is not None and found.keys() == right.keys()
+    assert found is not None
+    assert found.keys() == right.keys()
     for name, value in found.items():
-        assert value.dtype == right[name].dtype and torch.equal(value, right[name])
+        assert value.dtype == right[name].dtype
+        assert torch.equal(value, right[name])
 
 
 def test_views_and_aliases_are_written_in_full(tmp_path):
@@ -62,7 +64,8 @@ def test_reading_is_private_and_can_be_done_again(tmp_path):
     store({"x": torch.ones(5000)}, tmp_path / "file")
     before = (tmp_path / "file").read_bytes()
     first, second = mapped_tensors(tmp_path / "file"), mapped_tensors(tmp_path / "file")
-    assert isinstance(first, MappedTensors) and first.nbytes == 20_000
+    assert isinstance(first, MappedTensors)
+    assert first.nbytes == 20_000
     first["x"].zero_()
     assert torch.equal(second["x"], torch.ones(5000))
     assert (tmp_path / "file").read_bytes() == before
@@ -160,7 +163,8 @@ def test_each_tensor_is_made_once_and_copied_once(folder):
     assert first.nbytes == size
     with Allocations() as again:  # into what is there
         wrapper.load_adapter(folder, "second")
-    assert again.copies == [("aten::_foreach_copy_", 12)] and again.nbytes == 0
+    assert again.copies == [("aten::_foreach_copy_", 12)]
+    assert again.nbytes == 0
 
 
 def test_other_precisions_are_rounded_on_the_way(folder):
@@ -199,7 +203,8 @@ def _calls(action):
 def test_modes_are_right_after_a_load(folder):
     """Eval mode everywhere, also where an earlier adapter trained; PEFT's rule. Trainable ones leave modes alone."""
     wrapper = inlay.PeftModel.from_pretrained(model(), folder, is_trainable=True)
-    assert wrapper.training and all(module.training for module in wrapper.modules())
+    assert wrapper.training
+    assert all(module.training for module in wrapper.modules())
     wrapper.load_adapter(folder, "frozen", autocast_adapter_dtype=False)
     assert not any(module.training for module in wrapper.modules())
     wrapper.load_adapter(folder, "another")

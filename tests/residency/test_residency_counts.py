@@ -81,7 +81,8 @@ def test_a_file_is_opened_when_its_adapter_is_needed(folders):
         set_adapter(model, "0")
         set_adapter(model, [])
         set_adapter(model, "0")
-    assert unchecked.names == [] and again.names == []
+    assert unchecked.names == []
+    assert again.names == []
     assert sorted(checked.names) == sorted(used.names) == BOTH
 
 
@@ -109,7 +110,8 @@ def test_prefetched_adapters_are_not_read_again(folders):
     wait(store._host.values(), timeout=30)
     with Opened(folders) as used, inlay.call(model, adapters=["0", "1", "__base__"]):
         model(inputs())
-    assert used.names == [] and store.copies == 2
+    assert used.names == []
+    assert store.copies == 2
     assert not store._host  # nothing is kept beyond its use, because max_host is 0
     store.register("gone", folders / "gone", check=False)
     store.prefetch("gone")
