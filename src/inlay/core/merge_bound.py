@@ -15,7 +15,7 @@ from inlay.core.affine import LowRank
 __all__ = ["is_finite", "known_finite", "note_finite", "proved_finite"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_ROUNDING = 1 + 1e-4  # what sums of a rank's products and these bounds themselves are off by at most
+_ROUNDING = 1.01  # what sums of a rank's products and these bounds themselves are off by at most
 _known: Any = WeakIdKeyDictionary()  # tensor that was seen to be finite -> which values it had then
 
 
@@ -74,8 +74,9 @@ def _largest(tensor: Tensor) -> float:
 
 
 def _roughly(delta: LowRank) -> float:
-    """Return a bound on the numbers of an update: the rank by the largest of |B| and of |A|."""
-    return delta.B.shape[-1] * _largest(delta.B) * _largest(delta.A) * abs(float(delta.scale)) * _ROUNDING
+    """Return a bound on the numbers of an update: the Frobenius norm of B by that of A."""
+    B, A = (float(torch.linalg.vector_norm(factor)) for factor in (delta.B, delta.A))
+    return B * A * abs(float(delta.scale)) * _ROUNDING
 
 
 def _closely(delta: LowRank) -> float:
