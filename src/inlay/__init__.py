@@ -80,6 +80,7 @@ _HOMES: dict[str, str] = {
     "VeraConfig": "inlay.methods.vera",
     "call": "inlay.models.calls",
     "install_as_peft": "inlay.compat.install",
+    "register_bank": "inlay.kernels.experts_forms",
     "prepare_for_compile": "inlay.models.compiled",
     "merge_checkpoint": "inlay.models.merge_disk",
 }
@@ -140,6 +141,7 @@ __all__ = [
     "plan",
     "prepare_for_compile",
     "prepare_model_for_kbit_training",
+    "register_bank",
     "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",

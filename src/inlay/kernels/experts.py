@@ -144,8 +144,9 @@ class BankRun:
             return bank_product(x, weight, None, None, route, spread)
         first, *others = parts
         y = bank_product(x, weight, first[0], first[1], route, spread, first[2])
-        for A2, B2, dropped in others:  # each has a dropout of its own
-            y = y + bank_product(dropped, None, A2, B2, route, spread)  # type: ignore[arg-type]
+        for A2, B2, other in others:  # each has a dropout of its own
+            assert other is not None
+            y = y + bank_product(other, None, A2, B2, route, spread)
         return y
 
     def _factors(self, update: BankUpdate, scale: float, route: Route) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,7 @@ def bank_product(
 
 class _BankProduct(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
@@ -78,7 +78,7 @@ class _BankProduct(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         read, weight, A, B, t = ctx.saved_tensors
         route, spread, needs = ctx.route, ctx.spread, ctx.needs_input_grad
         wanted = (needs[0], needs[1], needs[3], needs[4])
@@ -114,12 +114,13 @@ def products(
             same = read is x
             x = x if tokens is None else x.index_select(0, tokens)
             read = x if same else read if tokens is None else read.index_select(0, tokens)
-            base = None if weight is None else grouped_mm(x, weight, offs=offsets)
-            if A is None:
-                return base, x.new_empty(0)
-            t = grouped_mm(read, A.mT, offs=offsets)
-            share = grouped_mm(t, B, offs=offsets)
-            return share if base is None else base.add_(share), t
+            base: Tensor | None = None if weight is None else grouped_mm(x, weight, offs=offsets)
+            t, share = x.new_empty(0), None
+            if A is not None:
+                t = grouped_mm(read, A.mT, offs=offsets)
+                share = grouped_mm(t, B, offs=offsets)
+            both = [part for part in (base, share) if part is not None]
+            return both[0] if len(both) == 1 else both[0].add_(both[1]), t
         lengths, used = segments.on_host()
         make = x.new_empty if count == sum(lengths) else x.new_zeros  # there are rows that belong to no expert
         y, t = make(count, width), x.new_empty(0) if A is None else make(count, A.shape[1])

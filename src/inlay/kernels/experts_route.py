@@ -122,35 +122,35 @@ def _bags(index: Tensor) -> Tensor:
 
 class _Permuted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(order, inverse)
         return x.index_select(0, order)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         order, inverse = ctx.saved_tensors
         return _Permuted.apply(grad, inverse, order), None, None
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(tokens, index)
         return x.index_select(0, tokens)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         tokens, index = ctx.saved_tensors
         return _Summed.apply(grad, tokens, index), None, None
 
 
 class _Summed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, tokens: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, rows: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(tokens, index)
         return sum_rows(rows, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         tokens, index = ctx.saved_tensors
         return _Spread.apply(grad, tokens, index), None, None
