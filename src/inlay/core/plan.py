@@ -22,6 +22,7 @@ from inlay.core.join import check_joinable
 from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
+from inlay.core.nest import multiplies_rows
 from inlay.core.policy import INLAY, Policy
 from inlay.core.readers import fused_reader, may_be_fused
 from inlay.core.registry import method_class
@@ -253,7 +254,7 @@ def place_method(
         )
     reason, site = (None, site) if site is not None else (_unreadable(made, place), kind.site(place.path, base))
     answers = ask(method, site, made.known)
-    reason = reason or answers.refusal or _weightless(made, kind, site, method)
+    reason = reason or answers.refusal or _weightless(made, kind, site, method, base)
     if reason is not None:
         raise UnsupportedError(f"{method.config.peft_type.value} on {site.name!r} ({type(base).__name__}): {reason}")
     if answers.note is not None:
@@ -265,7 +266,7 @@ def place_method(
     return Placement(place, site, kind, answers.slots, pattern, numbers, method, dtype, weight.device, layout)
 
 
-def _weightless(made: Plan, kind: Kind, site: Site, method: Method) -> str | None:
+def _weightless(made: Plan, kind: Kind, site: Site, method: Method, base: nn.Module) -> str | None:
     """What belongs to a forward pass has no place where only the weight is rewritten."""
     if kind.activation:
         return None
@@ -279,6 +280,9 @@ def _weightless(made: Plan, kind: Kind, site: Site, method: Method) -> str | Non
         return None  # it does not train, so nothing is dropped
     for name in (method.dropout_field, "module_dropout", "rank_dropout"):
         value = getattr(method.config, name, None) if name is not None else None
+        if value and name == method.dropout_field and site.parameter is not None and not made.policy.peft_layers:
+            if multiplies_rows(base, site.parameter):  # the update reads the rows there, not the weight
+                continue
         if value:
             return f"{name}={value} acts on a forward pass, and here the layer only gets another weight; set it to 0"
     return None
