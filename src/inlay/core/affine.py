@@ -91,6 +91,12 @@ class Site:
         """Return the site as a larger model names it; patterns go on meaning what they meant."""
         return replace(self, name=prefix + self.name, patterns=self.patterns or self.name)
 
+    def named(self, name: str) -> Site:
+        """Return a site of the same form under another name."""
+        other = object.__new__(Site)
+        other.__dict__.update(self.__dict__, name=name)
+        return other
+
     @property
     def form(self) -> tuple[Any, ...]:
         """All but the name, where patterns look at no other name."""

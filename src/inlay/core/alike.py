@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from inlay.core.affine import Site
+from inlay.core.entry import Roles
 from inlay.core.method import Method
 from inlay.core.slot import Slot
 
-__all__ = ["Answers", "Known", "ask"]
+__all__ = ["Answers", "Known", "Slots", "ask"]
+
+
+class Slots(dict[str, Slot]):
+    """Slots by role; knows where their tensors hang."""
+
+    @cached_property
+    def roles(self) -> Roles:
+        return Roles.of(self)
 
 
 @dataclass(slots=True)
@@ -24,7 +34,7 @@ class Answers:
         note: what is done otherwise than the config says, or None.
     """
 
-    slots: dict[str, Slot]
+    slots: Slots
     options: dict[str, Any]
     refusal: str | None = None
     note: str | None = None
@@ -40,6 +50,6 @@ def ask(method: Method, site: Site, known: Known) -> Answers:
     if answers is None:
         refusal = method.refuse(site)
         if refusal is not None:
-            return Answers({}, {}, refusal)
-        answers = known[key] = Answers(method.slots(site), method.options(site), None, method.note(site))
+            return Answers(Slots(), {}, refusal)
+        answers = known[key] = Answers(Slots(method.slots(site)), method.options(site), None, method.note(site))
     return answers

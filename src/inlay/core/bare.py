@@ -11,10 +11,13 @@ __all__ = ["bare", "begin"]
 
 M = TypeVar("M", bound=nn.Module)
 
-# what ``nn.Module.__init__`` gives to every module: attributes in its order, and those whose value is one's own
+# what ``nn.Module.__init__`` gives to every module, in its order; a dict among them is one's own
 _TEMPLATE: dict[str, Any] = dict(nn.Module().__dict__)
-_OWN: tuple[tuple[str, Callable[[], Any]], ...] = tuple(
-    (name, type(value)) for name, value in _TEMPLATE.items() if isinstance(value, (dict, set, list))
+_DICTS = tuple(name for name, value in _TEMPLATE.items() if type(value) is dict)
+_OTHERS: tuple[tuple[str, Callable[[], Any]], ...] = tuple(
+    (name, type(value))
+    for name, value in _TEMPLATE.items()
+    if isinstance(value, (dict, set, list)) and name not in _DICTS
 )
 
 
@@ -22,7 +25,9 @@ def begin(module: nn.Module) -> dict[str, Any]:
     """Do for a new module what ``nn.Module.__init__`` does, in less than half the time; returns its attributes."""
     attributes = module.__dict__
     attributes.update(_TEMPLATE)
-    for name, make in _OWN:
+    for name in _DICTS:
+        attributes[name] = {}
+    for name, make in _OTHERS:
         attributes[name] = make()
     return attributes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, MutableMapping
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from inlay.errors import StateError
 if TYPE_CHECKING:
     from inlay.core.layer import AdaptedLayer
 
-__all__ = ["AdapterTensors", "Entry", "MergedNames", "OptionView", "find_tensor"]
+__all__ = ["AdapterTensors", "Entry", "MergedNames", "OptionView", "Roles", "find_tensor"]
 
 
 class AdapterTensors(nn.Module):
@@ -66,6 +66,20 @@ class AdapterTensors(nn.Module):
         return ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in self.items())
 
 
+class Roles(NamedTuple):
+    """Where the tensors of some slots hang, as :class:`Entry` has it; sites that a method treats alike share it."""
+
+    places: tuple[tuple[str, tuple[str, ...], str], ...]
+    weights: tuple[str, ...]
+    trained: tuple[tuple[str, tuple[str, ...], str], ...]
+
+    @classmethod
+    def of(cls, slots: dict[str, Slot]) -> Roles:
+        places = tuple((role, *slot.place) for role, slot in slots.items())
+        weights = tuple(role for role, slot in slots.items() if not slot.buffer)
+        return cls(places, weights, tuple(place for place in places if slots[place[0]].trainable))
+
+
 class Entry:
     """One adapter's method at one layer.
 
@@ -99,14 +113,12 @@ class Entry:
         "weights",
     )
 
-    def __init__(self, name: str, method: Method, site: Site, slots: dict[str, Slot], options: dict[str, Any]) -> None:
+    def __init__(self, name: str, method: Method, site: Site, roles: Roles, options: dict[str, Any]) -> None:
         self.name = name
         self.method = method
         self.site = site
         self.options = options
-        self.places = tuple((role, *slot.place) for role, slot in slots.items())
-        self.weights = tuple(role for role, slot in slots.items() if not slot.buffer)
-        self.trained = tuple(place for place in self.places if slots[place[0]].trainable)
+        self.places, self.weights, self.trained = roles
         self.shared: tuple[tuple[str, tuple[str, ...], str], ...] = ()
         self.home: nn.Module | None = None
         self.mesh: Any = None
@@ -128,13 +140,27 @@ class Entry:
             if isinstance(tensor, nn.Parameter):
                 yield tensor, place in self.trained
 
+    def train(self, layer: nn.Module, trainable: bool) -> None:
+        """Switch gradients at ``layer`` on or off; what never trains stays off."""
+        home = self.home if self.home is not None else layer
+        for _, containers, leaf in self.trained:
+            tensor = find_tensor(home, self.name, containers, leaf)
+            if tensor.requires_grad is trainable or not isinstance(tensor, nn.Parameter):
+                continue
+            if tensor.is_floating_point():
+                tensor.requires_grad_(trainable)
+
 
 def find_tensor(home: nn.Module, adapter: str, containers: tuple[str, ...], leaf: str) -> Tensor:
     """Return the tensor that a slot's place means below ``home``."""
     holder: Any = home
     for part in containers:
         holder = holder._modules[part]
-    return getattr(holder._modules[adapter], leaf) if leaf else holder[adapter]
+    if not leaf:
+        return holder[adapter]  # type: ignore[no-any-return]
+    owner = holder._modules[adapter]
+    tensor = owner._parameters.get(leaf)
+    return getattr(owner, leaf) if tensor is None else tensor
 
 
 class OptionView(MutableMapping[str, Any]):

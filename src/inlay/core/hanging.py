@@ -16,10 +16,20 @@ from inlay.core.state import State
 __all__ = ["container", "dismount", "drop_shared", "forget_unused", "hang"]
 
 
-def hang(home: nn.Module, adapter: str, slot: Slot, tensor: Tensor, new_leaf: Callable[[], nn.Module]) -> None:
-    """Register one tensor below ``home`` where its slot says, making what is missing on the way."""
+def hang(
+    home: nn.Module,
+    adapter: str,
+    slot: Slot,
+    tensor: Tensor,
+    new_leaf: Callable[[], nn.Module],
+    trainable: bool = True,
+) -> None:
+    """Register one tensor below ``home`` where its slot says, making what is missing on the way.
+
+    It has a gradient if ``trainable`` and if its slot lets it have one.
+    """
     containers, leaf = slot.place
-    value = tensor if slot.buffer else nn.Parameter(tensor, requires_grad=slot.trainable)
+    value = tensor if slot.buffer else nn.Parameter(tensor, requires_grad=trainable and slot.trainable)
     holder: Any = container(home, containers, nn.ModuleDict if leaf else AdapterTensors)
     if not leaf:
         holder[adapter] = value

@@ -15,6 +15,7 @@ from inlay.core.build import build, build_shared
 from inlay.core.dtype import merge_dtype
 from inlay.core.eject import restore_grad
 from inlay.core.entry import Entry
+from inlay.core.follow import base_modules
 from inlay.core.hanging import container, dismount, drop_shared, hang
 from inlay.core.join import joined, offsets
 from inlay.core.layer import AdaptedLayer
@@ -39,6 +40,7 @@ def inject(
     low_memory: bool = False,
     seed: int | None = None,
     initialise: bool = True,
+    trainable: bool = True,
     then: Callable[[State], object] | None = None,
 ) -> State:
     """Put a planned adapter into its model, in place; the model ends unchanged if anything fails.
@@ -48,6 +50,7 @@ def inject(
         low_memory: create the tensors on the meta device, to be assigned by a load.
         seed: what initial values are drawn from, together with site and slot; by default ``torch.initial_seed()``.
         initialise: False leaves initial values undefined, for a load that overwrites them.
+        trainable: the adapter's tensors get gradients.
         then: what belongs to the injection (such as that load); if it raises, everything is undone.
 
     Returns:
@@ -57,7 +60,8 @@ def inject(
         StateError: the model was changed since it was planned.
     """
     seed = torch.initial_seed() if seed is None else seed
-    state = joined(plan.model) or plan.state or State(policy=plan.policy)
+    modules = list(base_modules(plan.model))
+    state = joined(plan.model, modules) or plan.state or State(policy=plan.policy)
     undo: list[Undo] = []
     first = not state.records
     parameters = base_parameters(plan.model)
@@ -77,14 +81,15 @@ def inject(
             undo.append(partial(plan.replication.restore, plan.model))
             undo.append(partial(setattr, state, "replication", None))
             state.replication = plan.replication
-        occupy(plan, state, built, undo)
+        occupy(plan, state, built, undo, trainable, modules if plan.replication is None else None)
         if shared:
-            _mount_shared(plan, state, shared, undo)
+            _mount_shared(plan, state, shared, undo, trainable)
         biased = tuple(above + name for name in biases)
         state.records[plan.adapter] = Record(plan.config, plan.method, seed, shared=dict(plan.shared), biases=biased)
         undo.append(lambda: state.records.pop(plan.adapter, None))
-        undo.append(lambda: state.training.discard(plan.adapter))
-        state.training.add(plan.adapter)
+        if trainable:
+            undo.append(lambda: state.training.discard(plan.adapter))
+            state.training.add(plan.adapter)
         if initialise and not low_memory:
             prepare(plan, state, undo)
         for name, p in biases.items():
@@ -110,15 +115,25 @@ def inject(
     return state
 
 
-def occupy(plan: Plan, state: State, built: Iterable[tuple[Placement, dict[str, Tensor]]], undo: list[Undo]) -> None:
-    """Put layers with their tensors, and full copies of modules, where a plan has them."""
+def occupy(
+    plan: Plan,
+    state: State,
+    built: Iterable[tuple[Placement, dict[str, Tensor]]],
+    undo: list[Undo],
+    trainable: bool = True,
+    modules: Iterable[nn.Module] | None = None,
+) -> None:
+    """Put layers with their tensors, and full copies of modules, where a plan has them.
+
+    ``modules`` is what :func:`inlay.core.follow.base_modules` yields, where that is known.
+    """
     for placement, tensors in built:
         layer = _adapted(placement, state, undo)
-        layer.receive(plan.adapter, placement.method, partial(mount, layer, plan, placement, tensors, undo))
+        layer.receive(plan.adapter, placement.method, partial(mount, layer, plan, placement, tensors, undo, trainable))
     for place, _ in plan.copies:
-        _copy_module(place, plan.adapter, state, undo)
+        _copy_module(place, plan.adapter, state, undo, trainable)
     _tie_copies(plan)
-    undo.append(silence_readers(plan.model))
+    undo.append(silence_readers(base_modules(plan.model) if modules is None else modules))
 
 
 def freeze(model: nn.Module, state: State, parameters: dict[str, nn.Parameter], undo: list[Undo]) -> str:
@@ -161,10 +176,11 @@ def mount(
     placement: Placement,
     tensors: dict[str, Tensor],
     undo: list[Undo],
+    trainable: bool = True,
 ) -> None:
     """Hang an entry's tensors below the layer, where their slots say."""
     adapter = plan.adapter
-    entry = Entry(adapter, placement.method, placement.site, placement.slots, dict(placement.options))
+    entry = Entry(adapter, placement.method, placement.site, placement.slots.roles, dict(placement.options))
     if placement.layout is not None:
         entry.mesh = placement.layout.mesh
     if placement.method is plan.method:
@@ -178,10 +194,10 @@ def mount(
     if placement.source is not None:
         entry.home = _standing(placement.source)
     for role, slot in placement.slots.items() if placement.source is None else ():
-        hang(layer, adapter, slot, tensors[role], partial(placement.kind.leaf, placement.site, slot))
+        hang(layer, adapter, slot, tensors[role], partial(placement.kind.leaf, placement.site, slot), trainable)
 
 
-def _mount_shared(plan: Plan, state: State, tensors: dict[str, Tensor], undo: list[Undo]) -> None:
+def _mount_shared(plan: Plan, state: State, tensors: dict[str, Tensor], undo: list[Undo], trainable: bool) -> None:
     """Hang shared tensors below the state, and register them at the model's root."""
 
     def back() -> None:
@@ -190,11 +206,11 @@ def _mount_shared(plan: Plan, state: State, tensors: dict[str, Tensor], undo: li
 
     undo.append(back)
     for role, tensor in tensors.items():
-        hang(state.shared, plan.adapter, plan.shared[role], tensor, nn.Module)
+        hang(state.shared, plan.adapter, plan.shared[role], tensor, nn.Module, trainable)
     register_shared(plan.model, state)
 
 
-def _copy_module(place: object, adapter: str, state: State, undo: list[Undo]) -> None:
+def _copy_module(place: object, adapter: str, state: State, undo: list[Undo], trainable: bool) -> None:
     """Give an adapter its full copy of a module."""
     from inlay.core.targets import Place
 
@@ -214,7 +230,8 @@ def _copy_module(place: object, adapter: str, state: State, undo: list[Undo]) ->
     undo.append(lambda: copies.modules_to_save._modules.pop(adapter, None))
     copies.add(adapter)
     for parameter in copies.modules_to_save._modules[adapter].parameters():
-        parameter.requires_grad_(True)
+        if parameter.is_floating_point() or trainable:
+            parameter.requires_grad_(trainable)
 
 
 def _tie_copies(plan: Plan) -> None:

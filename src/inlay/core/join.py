@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -71,13 +72,15 @@ def offsets(state: State, model: nn.Module) -> tuple[str, str]:
     return "", ""
 
 
-def joined(model: nn.Module) -> State | None:
+def joined(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> State | None:
     """Return the one state of a model, joining those of its parts; nothing that any part computes changes.
+
+    ``modules`` is what :func:`inlay.core.follow.base_modules` yields, where that is known.
 
     Raises:
         AdapterNameError, StateError: they cannot be joined; nothing was changed.
     """
-    states = find_states(model)
+    states = find_states(model, modules)
     check_joinable(states)
     if not states:
         return None

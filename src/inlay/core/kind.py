@@ -159,9 +159,9 @@ def kind_of(module: Any) -> Kind | None:
 
     The answer is cached by class: a kind must judge by class alone, and refuse odd instances in ``site``.
     """
-    import inlay.kinds  # noqa: F401  the built-in kinds register themselves
-
     cls = type(module)
     if cls not in _by_class:
+        import inlay.kinds  # noqa: F401  the built-in kinds register themselves
+
         _by_class[cls] = next((kind for kind in _kinds if kind.claims(module)), None)
     return _by_class[cls]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from inlay.core import storage
 from inlay.core.affine import Site
-from inlay.core.alike import Known, ask
+from inlay.core.alike import Known, Slots, ask
 from inlay.core.choose import check_patterns, choose, model_type, nothing_matched, plan_biases
 from inlay.core.copies import check_copies, plan_copies, tie_copies
 from inlay.core.dtype import adapter_dtype
@@ -30,7 +30,7 @@ from inlay.core.replicate import Replication, installed, replication_of
 from inlay.core.retarget import retargeted
 from inlay.core.slot import Slot
 from inlay.core.state import State, check_adapter_name, find_states
-from inlay.core.targets import Place, base_parameters, places
+from inlay.core.targets import Place, base_parameters, places, survey
 from inlay.errors import InlayWarning, NoTargetError, TargetError, UnsupportedError
 from inlay.parallel.fsdp import refuse_managed
 from inlay.parallel.placement import Layout, layout_of
@@ -59,7 +59,7 @@ class Placement:
     place: Place
     site: Site
     kind: Kind
-    slots: dict[str, Slot]
+    slots: Slots
     pattern: str
     options: dict[str, Any]
     method: Method
@@ -190,7 +190,8 @@ def plan(
         UnsupportedError: the method cannot work on a matched layer; the message says why.
         AdapterNameError: the name is unsafe or taken.
     """
-    states = find_states(model)
+    everything, covers = survey(model)
+    states = find_states(model, (model, *(place.module for place in (*everything, *covers))))
     check_joinable(states)
     state = states[0] if states else None
     policy = policy or (state.policy if state is not None else INLAY)
@@ -202,7 +203,6 @@ def plan(
     for field_name, value in method.implied(model, model_type(model)).items():
         made.resolved[field_name] = value
         setattr(method.config, field_name, copy.deepcopy(value))
-    everything = places(model)
     for field_name, value in retargeted(model, method.config, held, policy.prefix_patterns, everything).items():
         made.resolved[field_name] = value
         setattr(method.config, field_name, copy.deepcopy(value))

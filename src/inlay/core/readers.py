@@ -7,7 +7,7 @@ is adapted. The old value stays on the module itself, so a copy or a pickle can 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -32,9 +32,9 @@ _SWITCHES: dict[type[nn.Module], tuple[str, Any]] = {
 _KEPT = "_inlay_switch"
 
 
-def _readers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+def _readers(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
     classes = tuple(_SWITCHES)
-    for module in base_modules(model):
+    for module in modules:
         if not isinstance(module, classes):
             continue
         for cls, (attribute, calling) in _SWITCHES.items():
@@ -57,10 +57,10 @@ def fused_reader(family: str | None, path: str) -> bool:
     return path.rpartition(".")[2] in _FUSED.get(family or "", ())
 
 
-def silence_readers(model: nn.Module) -> Callable[[], None]:
-    """Turn the switches off wherever something below is adapted; returns the way back."""
+def silence_readers(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Turn the switches of some modules off wherever something below is adapted; returns the way back."""
     changed = []
-    for module, attribute, calling in _readers(model):
+    for module, attribute, calling in _readers(modules):
         if _KEPT not in module.__dict__ and _adapted(module):
             module.__dict__[_KEPT] = module.__dict__[attribute]
             module.__dict__[attribute] = calling
@@ -75,6 +75,6 @@ def silence_readers(model: nn.Module) -> Callable[[], None]:
 
 def restore_readers(model: nn.Module) -> None:
     """Turn the switches back wherever nothing below is adapted any more."""
-    for module, attribute, _ in _readers(model):
+    for module, attribute, _ in _readers(base_modules(model)):
         if _KEPT in module.__dict__ and not _adapted(module):
             module.__dict__[attribute] = module.__dict__.pop(_KEPT)

@@ -69,7 +69,7 @@ class KaimingUniform:
     fan: int | None = None
 
     def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        fan = self.fan if self.fan is not None else max(1, tensor[0].numel()) if tensor.numel() else 1
+        fan = self.fan if self.fan is not None else max(1, math.prod(tensor.shape[1:]))
         bound = math.sqrt(6.0 / ((1.0 + self.a**2) * fan))
         tensor.uniform_(-bound, bound, generator=generator)
 

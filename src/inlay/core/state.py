@@ -199,12 +199,15 @@ def check_adapter_name(name: object, taken: dict[str, Record] | None = None) -> 
     return name
 
 
-def find_states(model: nn.Module) -> list[State]:
-    """Return the states of a model: none, one, or several if its parts were given adapters separately."""
+def find_states(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> list[State]:
+    """Return the states of a model: none, one, or several if its parts were given adapters separately.
+
+    ``modules`` is what :func:`inlay.core.follow.base_modules` yields, where that is known.
+    """
     from inlay.core.follow import base_modules
 
     found: dict[int, State] = {}
-    for module in base_modules(model):
+    for module in base_modules(model) if modules is None else modules:
         state = module.__dict__.get("_state")
         if isinstance(state, State):
             found.setdefault(id(state), state)

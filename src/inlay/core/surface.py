@@ -180,10 +180,10 @@ class LayerSurface(EntryHolder):
 
     def get_base_layer(self) -> nn.Module:
         """Return the untouched layer."""
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         while isinstance(base, LayerSurface):
-            base = base.base_layer
-        return base
+            base = base._modules["base_layer"]
+        return base  # type: ignore[no-any-return]
 
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Activate adapters on this layer only, in this order; it no longer follows the model.
@@ -206,12 +206,14 @@ class LayerSurface(EntryHolder):
         if not inference_mode:
             self.set_requires_grad(names)
 
+    def train_adapter(self, adapter: str, trainable: bool) -> None:
+        for entry in self.entries.get(adapter, ()):
+            entry.train(self, trainable)
+
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Switch gradients of adapters on or off on this layer, whether they are active or not."""
         for entry in self._each([adapter_names] if isinstance(adapter_names, str) else adapter_names):
-            for tensor, trainable in entry.parameters(self):
-                if tensor.is_floating_point():
-                    tensor.requires_grad_(trainable and requires_grad)
+            entry.train(self, requires_grad)
             if requires_grad:
                 self.state.training.add(entry.name)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,7 @@ __all__ = [
     "places",
     "shortened",
     "standing",
+    "survey",
 ]
 
 ALL_LINEAR = "all-linear"
@@ -42,11 +43,15 @@ class Place:
     module: nn.Module
     parents: list[tuple[nn.Module, str]]
     aliases: list[str]
+    _base: nn.Module | None = field(default=None, repr=False)
 
     @property
     def base(self) -> nn.Module:
         """The unadapted module."""
-        return self.module.get_base_layer() if isinstance(self.module, AdaptedLayer) else self.module
+        base = self._base
+        if base is None:
+            base = self._base = self.module.get_base_layer() if isinstance(self.module, AdaptedLayer) else self.module
+        return base
 
     def put(self, module: nn.Module) -> None:
         """Let another module stand here."""
@@ -63,17 +68,17 @@ def places(model: nn.Module) -> list[Place]:
     Adapters' own modules are passed over. A module that the model holds at several places has the first one's path.
     Where a layer that others wrote stands over a module, that layer is the module's parent.
     """
-    return _found(model)[0]
+    return survey(model)[0]
 
 
 def standing(model: nn.Module) -> list[tuple[Place, Follower]]:
     """Return what adapters put into the model, with its places; what stands over another thing comes after it."""
-    found, covers = _found(model)
+    found, covers = survey(model)
     answering = ((place, follower_of(place.module)) for place in (*found, *reversed(covers)))
     return [(place, follower) for place, follower in answering if follower is not None]
 
 
-def _found(model: nn.Module) -> tuple[list[Place], list[Place]]:
+def survey(model: nn.Module) -> tuple[list[Place], list[Place]]:
     """Return the places of modules, and those of the layers that others wrote over them."""
     covers: dict[int, Place] = {}
     return list(_visited(model, covers)), list(covers.values())

@@ -87,12 +87,14 @@ def apply(
         if config is not None:
             record.config = config
         record.frozen = bool(record.config.inference_mode)
-        if record.frozen or name not in state.active:
+        if name in state.training and (record.frozen or name not in state.active):
             set_trainable(state, [name], False)
         if then is not None:
             then(state)
 
-    state = inject(made, low_memory=low_memory, initialise=initialise, seed=seed, then=finish)
+    alone = made.state is None or not made.state.records  # so that it becomes active
+    trains = alone and not (made.config if config is None else config).inference_mode
+    state = inject(made, low_memory=low_memory, initialise=initialise, seed=seed, trainable=trains, then=finish)
     mark(root, state)
     return state
 
