@@ -124,7 +124,10 @@ class Ready:
         down, up = self.views
         if down.dtype is not dtype:
             down, up = down.to(dtype), up.to(dtype)  # anew each time, since nothing tells of writes through ``.data``
-        if x.dim() == 2:
+        axes = x.dim()
+        if axes == 3 and x.shape[0] == 1:  # one token: to bring it into two axes and back costs as much as the update
+            return _linear(x, weight, bias).baddbmm_(_linear(x, down), up.unsqueeze(0), alpha=self.scale)
+        if axes == 2:
             return _linear(x, weight, bias).addmm_(_linear(x, down), up, alpha=self.scale)
         rows = x.reshape(-1, self.channels)
         y = _linear(rows, weight, bias)
