@@ -20,12 +20,7 @@ from inlay.core.state import find_state
 from inlay.errors import StateError
 
 PACKABLE = (torch.bfloat16, torch.float16, torch.float32)
-CELLS = [
-    cell
-    for start, storage in enumerate(("plain_fp32", "plain_bf16", "plain_fp16", "plain_fp64"))
-    for cell in family_cover((storage,), 5 * start)
-    if cell.unmergeable is None
-]
+CELLS = [cell for cell in family_cover(("plain_bf16", "plain_fp32", "plain_fp64"), 7) if cell.unmergeable is None]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
@@ -80,14 +75,26 @@ def test_what_is_kept_is_small(size: float, limit: float) -> None:
     assert torch.equal(layer.weight, before)
 
 
-def test_a_pack_that_would_be_larger_is_the_weight_itself() -> None:
-    """An update that drowns the weight leaves nothing to guess the original from."""
+@pytest.mark.parametrize("dtype", PACKABLE, ids=str)
+def test_a_block_that_would_be_larger_is_kept_as_it_is(dtype: torch.dtype) -> None:
+    """Random bits: nothing can be guessed, and nothing compressed."""
+    from inlay.core.packed import _packed, _unpacked
+
+    generator = torch.Generator().manual_seed(0)
+    content = torch.randint(0, 256, (64, 64 * dtype.itemsize), dtype=torch.uint8, generator=generator)
+    original, guess = content.view(dtype), torch.zeros(64, 64, dtype=dtype)
+    block = _packed(original, guess)
+    assert block.others is None
+    assert block.nbytes == content.numel()
+    assert torch.equal(_unpacked(block, guess).view(torch.uint8), content)
+
+
+def test_an_update_that_drowns_the_weight() -> None:
     _, state = adapted(two(torch.bfloat16, width=64), ["0"], size=300.0)
     (layer,) = state.layers()
     before = layer.weight.detach().clone()
     merge(state, keep="packed")
-    factors = 4 * (4 * 64 * 2)
-    assert layer._kept.nbytes == before.numel() * 2 + factors
+    assert layer._kept.nbytes <= before.numel() * 2 + 4 * (4 * 64 * 2)
     unmerge(state)
     assert torch.equal(layer.weight, before)
 
@@ -156,3 +163,17 @@ def test_other_numbers_of_threads_restore_the_same() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(model[0].weight, before)
+
+
+def test_keep_is_checked_and_reaches_the_merge() -> None:
+    import inlay
+
+    config = inlay.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    model = inlay.get_peft_model(two(torch.bfloat16), config)
+    before = model.base_model.model[0].weight.detach().clone()
+    with pytest.raises(inlay.InlayError, match="keep: expected 'copy', 'packed' or 'none', found 'pack'"):
+        model.merge_adapter(keep="pack")
+    model.merge_adapter(keep="packed")
+    assert isinstance(model.base_model.model[0]._kept, PackedKept)
+    model.unmerge_adapter()
+    assert torch.equal(model.base_model.model[0].weight, before)

@@ -15,12 +15,13 @@ from inlay.core.merge_rows import InPlace, low_rank_updates, matrix_in_place
 from inlay.core.merge_rules import check_mergeable, check_order, check_shared, merged_finite
 from inlay.core.packed import PackedKept, Packing, can_pack
 from inlay.core.state import State
-from inlay.errors import MergeError, StateError
+from inlay.errors import ConfigError, MergeError, StateError, did_you_mean
 from inlay.parallel.fsdp import settle
 
 __all__ = ["merge", "merge_layers", "unmerge"]
 
 
+_KEEPS = ("copy", "packed", "none")
 # Wraps the list of work, to show how far it is; yields its items.
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
@@ -49,6 +50,7 @@ def merge(
         The names that were merged into at least one layer.
 
     Raises:
+        ConfigError: ``keep`` is something else.
         MergeError: a merged weight would not be finite, an update cannot be written into a weight, or the order of
             merging would change the output.
     """
@@ -79,8 +81,8 @@ def merge_layers(
     layers: Iterable[AdaptedLayer], names: Sequence[str], *, keep: str = "copy", progress: Progress | None = None
 ) -> list[str]:
     """Merge adapters into some layers; see :func:`merge`."""
-    if keep not in ("copy", "none", "packed"):
-        raise ValueError(f"keep must be 'copy', 'packed' or 'none', found {keep!r}")
+    if keep not in _KEEPS:
+        raise ConfigError(f"keep: expected 'copy', 'packed' or 'none', found {keep!r}.{did_you_mean(keep, _KEEPS)}")
     settle()
     work: list[tuple[AdaptedLayer, tuple[Entry, ...]]] = []
     for layer in layers:

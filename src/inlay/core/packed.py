@@ -67,7 +67,7 @@ class Packing:
         if self._turned:
             factors = [(A.t(), B.t(), scale) for B, A, scale in factors]
         self._factors = [(B.clone(), A.clone(), scale) for B, A, scale in factors]
-        self._rows = max(1, _BLOCK // max(1, self._matrix.shape[1]))  # type: ignore[union-attr]
+        self._rows = max(1, _BLOCK // max(1, self._matrix.shape[1]))
         self._blocks: list[_Block] = []
         self._before = matrix._version
 

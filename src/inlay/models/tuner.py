@@ -229,9 +229,11 @@ class AdapterModel(nn.Module):
 
     # -- weights --------------------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, keep: str = "copy"
+    ) -> None:
         """Write adapters into the base weights; see :meth:`inlay.PeftModel.merge_adapter`."""
-        operate.merge_into(self.state, adapter_names)
+        operate.merge_into(self.state, adapter_names, keep=keep)
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bitwise."""

@@ -233,19 +233,21 @@ class Wrapper(nn.Module):
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, keep: str = "copy"
+    ) -> None:
         """Write adapters into the base weights, by default the active ones; the layers stay adapted.
 
         Args:
             adapter_names: which, in this order.
             safe_merge: accepted for callers of PEFT; every merge is checked for finiteness before anything is written.
+            keep: what unmerging needs: ``"copy"``, ``"packed"`` or ``"none"``; see :func:`inlay.core.merge.merge`.
 
         Raises:
-            ConfigTypeError: ``adapter_names`` is a string.
-            UnknownAdapterError: there is no such adapter.
+            ConfigTypeError, UnknownAdapterError: ``adapter_names`` is a string; there is no such adapter.
             MergeError: the merge would lose something; nothing was written.
         """
-        self.base_model.merge_adapter(adapter_names, safe_merge)
+        self.base_model.merge_adapter(adapter_names, safe_merge, keep=keep)
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bitwise."""
