@@ -82,7 +82,9 @@ def _run_together(
     if found is None:
         return None
     A, B, biases, scales, drops = zip(*found, strict=True)
-    dtype = fused_dtype(layer, [LowRank(B[0], A[0])], x)
+    dtype = x.dtype
+    if A[0].dtype is not dtype or torch._C._is_any_autocast_enabled():
+        dtype = fused_dtype(layer, [LowRank(B[0], A[0])], x)
     if args:
         args = args[1:]
     else:
@@ -96,7 +98,8 @@ def _run_together(
             return None
         base = output
     else:
-        base = (x.to(product[0].dtype), *product)
+        weight = product[0]
+        base = (x if x.dtype is weight.dtype else x.to(weight.dtype), *product)
     rows = x.shape[1:-1].numel()
     if not any(drops) and not any(bias is not None for bias in biases):
         stack = _stack(layer, routes, here, x, base, rows, A, B, scales, dtype)

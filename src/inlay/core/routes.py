@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from inlay.kernels.grouped import Slices, make_slices
+from inlay.kernels.slices import Slices, make_slices
 from inlay.kernels.stacked import Seats, make_seats
 
 if TYPE_CHECKING:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.kernels.grouped import Slices, Updates, add_updates, backward_pieces, make_slices
+from inlay.kernels.grouped import Updates, add_updates
+from inlay.kernels.grouped_backward import backward_pieces
+from inlay.kernels.slices import Slices, make_slices
 
 __all__ = ["add_routed"]
 
