@@ -110,6 +110,8 @@ def test_no_worse_than_peft(dtype: torch.dtype) -> None:
         twin[index].merge()
         ours, theirs = ((m[index].base_layer.weight.detach().double() - wanted).norm() for m in (model, twin))
         assert ours.item() <= theirs.item() * 1.05
+        if dtype in HALVES:  # PEFT rounds the update before it adds it
+            assert ours.item() < theirs.item() * 0.95
 
 
 def test_several_adapters_are_rounded_together() -> None:

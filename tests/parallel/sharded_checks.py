@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from inlay.checkpoint.load import load_all
+from inlay.checkpoint.merged import iter_merged
 from inlay.checkpoint.save import save_adapters
 from inlay.checkpoint.state_dict import get_peft_model_state_dict
 from inlay.core.merge import merge, unmerge
@@ -89,12 +90,22 @@ def assert_gradients(
 
 
 def assert_merges(model: nn.Module, state: State, reference: Reference) -> None:
-    """Merging gives the weights of the unsharded merge; unmerging gives every part back bitwise."""
+    """Merging gives the weights of the unsharded merge; unmerging gives every part back bitwise.
+
+    So does ``iter_merged``, whose tensors are whole, and which writes nothing.
+    """
     whole = copy.deepcopy(reference.model)
     whole_state = find_state(whole)
     assert whole_state is not None
     merge(whole_state)
+    streamed = dict(iter_merged(reference.model))
     before = {name: part(p).clone() for name, p in model.named_parameters()}
+    gathered = dict(iter_merged(model))
+    assert gathered.keys() == streamed.keys()
+    for name, tensor in streamed.items():
+        assert_close(gathered[name], tensor, f"streamed {name}")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(part(parameter), before[name]), f"{name} after streaming"
     merge(state)
     with torch.no_grad():
         assert_close(model(reference.x.detach()), reference.y, "merged output")
