@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from inlay.core.affine import LowRank
+from inlay.core.affine import LowRank, Site
 from inlay.core.clone import call_with
 from inlay.core.entry import Entry
 from inlay.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from inlay.core.layer import AdaptedLayer
+    from inlay.core.policy import Policy
     from inlay.kernels.experts import BankUpdate
 
-__all__ = ["Nested", "multiplies_rows", "rewritten", "run_nest", "why_generic"]
+__all__ = ["Nested", "rewritten", "run_nest", "takes_dropout", "why_generic"]
 
 # a layer of the nest, the chain over it, and whether the untouched parameter is asked for
 Nested: TypeAlias = "tuple[AdaptedLayer, tuple[Entry, ...], bool]"
@@ -119,12 +120,12 @@ def bank_updates(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> list[BankUpda
     return updates
 
 
-def multiplies_rows(leaf: nn.Module, name: str) -> bool:
-    """Whether adapters of a parameter are meant to be multiplied into rows, so that they may have a dropout."""
+def takes_dropout(policy: Policy, leaf: nn.Module, site: Site) -> bool:
+    """Whether adapters of a parameter are meant to be multiplied into rows, which may lose elements; PEFT has none."""
     from inlay.kernels.experts_forms import form_of
 
-    form = form_of(leaf)
-    return form is not None and name in form.banks and (form.refuse is None or form.refuse(leaf) is None)
+    form = None if site.parameter is None or policy.peft_layers else form_of(leaf)
+    return form is not None and site.parameter in form.banks and (form.refuse is None or form.refuse(leaf) is None)
 
 
 def drop_probability(layer: AdaptedLayer, entry: Entry) -> float:

@@ -22,7 +22,7 @@ from inlay.core.join import check_joinable
 from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
-from inlay.core.nest import multiplies_rows
+from inlay.core.nest import takes_dropout
 from inlay.core.policy import INLAY, Policy
 from inlay.core.readers import fused_reader, may_be_fused
 from inlay.core.registry import method_class
@@ -280,9 +280,8 @@ def _weightless(made: Plan, kind: Kind, site: Site, method: Method, base: nn.Mod
         return None  # it does not train, so nothing is dropped
     for name in (method.dropout_field, "module_dropout", "rank_dropout"):
         value = getattr(method.config, name, None) if name is not None else None
-        if value and name == method.dropout_field and site.parameter is not None and not made.policy.peft_layers:
-            if multiplies_rows(base, site.parameter):  # the update reads the rows there, not the weight
-                continue
+        if value and name == method.dropout_field and takes_dropout(made.policy, base, site):
+            continue
         if value:
             return f"{name}={value} acts on a forward pass, and here the layer only gets another weight; set it to 0"
     return None
