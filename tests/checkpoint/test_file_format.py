@@ -215,6 +215,21 @@ def test_modes_are_right_after_a_load(folder):
     assert all(module.training for module in failing.modules())
 
 
+def test_what_was_set_apart_by_hand_stays_so(folder):
+    """PEFT puts every module of the model in eval mode; Inlay passes by other adapters at layers that are in it."""
+    peft = pytest.importorskip("peft")
+    modes = []
+    for library in (peft, inlay):
+        config = library.LoraConfig(**CONFIG, lora_dropout=0.5)
+        wrapper = library.get_peft_model(model(), config).eval()
+        apart = [module for module in wrapper.modules() if isinstance(module, nn.Dropout)]
+        for module in apart:
+            module.train()  # Monte Carlo dropout
+        wrapper.load_adapter(folder, "second")
+        modes.append({module.training for module in apart})
+    assert modes == [{False}, {True}]
+
+
 def test_collections_are_held_back_and_come_back():
     import gc
 

@@ -189,3 +189,27 @@ def test_precision_of_the_slots(folders):
         assert {p.dtype for n, p in model.named_parameters() if "slot" in n} == {dtype}
         x = inputs().bfloat16()
         torch.testing.assert_close(model(x), plain(x), rtol=1e-2, atol=1e-2)
+
+
+def test_compiled_once_for_all_adapters(folders):
+    """After ``prepare_for_compile`` neither a switch nor an eviction is a reason to compile again."""
+    store = store_of(model := net(), max_resident=2)
+    for name in "012":
+        store.register(name, folders / name)
+    inlay.prepare_for_compile(model, slots=1, max_rank=8)
+    graphs = 0
+
+    def count(graph, example_inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    with torch.no_grad():
+        for name in "012" * 2:
+            set_adapter(model, name)
+            right = inlay.PeftModel.from_pretrained(net(), folders / name)(inputs())
+            torch.testing.assert_close(compiled(inputs()), right, rtol=1e-5, atol=1e-6)
+    assert graphs == 1
+    assert store.copies == 6

@@ -14,7 +14,7 @@ from inlay.parallel.tensors import gather, is_distributed, local_share, rewrap, 
 __all__ = ["staged", "write", "write_staged"]
 
 # Bytes that are copied between two releases of what they were read into.
-STRETCH = 2**25
+STRETCH = 2**22
 
 _PLAIN = (Tensor, nn.Parameter)
 
