@@ -5,9 +5,10 @@ Rows of one adapter that follow one another are a slice, so a product per slice 
 copies of rows; where an adapter's samples are scattered and small they are brought together first. Stacking the
 factors costs as much as reading them twice, so it is left to who can reuse the stack (``kernels.stacked``).
 
-Measured on a CPU (fp32, hidden 1024, r 16, 32 samples, over the base product): slices cost 1.11, 1.26 and 1.71 times
-the base for 2, 8 and 32 adapters of single tokens, and a product of all rows with all factors under a mask 1.13, 1.5
-and 2.8 with stacking, 1.11, 1.37 and 1.95 without.
+The choice follows bare loops over sorted rows, without the rest of a layer's call, measured on a CPU over the base
+product (fp32, hidden 1024, r 16, 32 samples of one token; 2, 8 and 32 adapters): slices 1.11, 1.26 and 1.71; one
+product of all rows with all factors under a mask 1.13, 1.51 and 2.76 with stacking, 1.11, 1.37 and 1.95 without.
+``benchmarks.mixed_batch`` has what a whole forward costs.
 
 Shapes: x (samples, rows, in), A (r, in), B (out, r), y (samples, rows, out); r may differ between adapters.
 """
