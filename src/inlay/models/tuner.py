@@ -229,11 +229,9 @@ class AdapterModel(nn.Module):
 
     # -- weights --------------------------------------------------------------------------------------------------
 
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, keep: str = "copy"
-    ) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters into the base weights; see :meth:`inlay.PeftModel.merge_adapter`."""
-        operate.merge_into(self.state, adapter_names, keep=keep)
+        operate.merge_into(self.state, adapter_names)
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bitwise."""

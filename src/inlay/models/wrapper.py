@@ -13,6 +13,7 @@ from inlay.core.call import call_of, opened
 from inlay.core.policy import Policy
 from inlay.core.state import State
 from inlay.errors import StateError, UnsupportedError
+from inlay.models import operate
 from inlay.models.again import replaced, unwrapped
 from inlay.models.backprop import is_checkpointing, let_gradients_in
 from inlay.models.calls import batch_size, routed, rows_per_prompt
@@ -27,12 +28,10 @@ class Wrapper(nn.Module):
     """A model with adapters; what users see is its subclass :class:`inlay.PeftModel`."""
 
     base_model: AdapterModel
-    keeps_class: ClassVar[bool] = False
-    """Whether loading returns this class whatever the task is."""
-    tuner: ClassVar[type[AdapterModel] | None] = None
-    """The class of ``base_model``; by default that of the first adapter's method."""
+    keeps_class: ClassVar[bool] = False  # whether loading returns this class whatever the task is
+    tuner: ClassVar[type[AdapterModel] | None] = None  # of ``base_model``; by default the first adapter's method's
+    # keywords of ``forward`` and ``generate`` that are for the wrapper and not for the model
     special_peft_forward_args: ClassVar[frozenset[str]] = frozenset({"adapter_names"})
-    """Keywords of ``forward`` and ``generate`` that are for the wrapper and not for the model."""
 
     @classmethod
     def around(cls: type[T], model: nn.Module, policy: Policy, tuner: type[AdapterModel] = AdapterModel) -> T:
@@ -244,10 +243,13 @@ class Wrapper(nn.Module):
             keep: what unmerging needs: ``"copy"``, ``"packed"`` or ``"none"``; see :func:`inlay.core.merge.merge`.
 
         Raises:
-            ConfigTypeError, UnknownAdapterError: ``adapter_names`` is a string; there is no such adapter.
+            ConfigError, UnknownAdapterError: a wrong argument; no such adapter.
             MergeError: the merge would lose something; nothing was written.
         """
-        self.base_model.merge_adapter(adapter_names, safe_merge, keep=keep)
+        if keep != "copy":
+            operate.merge_into(self.state, adapter_names, keep=keep)
+        else:
+            self.base_model.merge_adapter(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bitwise."""
