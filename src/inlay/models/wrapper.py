@@ -240,11 +240,8 @@ class Wrapper(nn.Module):
         Args:
             adapter_names: which, in this order.
             safe_merge: accepted for callers of PEFT; every merge is checked for finiteness before anything is written.
-            keep: what unmerging needs: ``"copy"``, ``"packed"`` or ``"none"``; see :func:`inlay.core.merge.merge`.
-
-        Raises:
-            ConfigError, UnknownAdapterError: a wrong argument; no such adapter.
-            MergeError: the merge would lose something; nothing was written.
+            keep: what unmerging needs: ``"copy"``, ``"packed"`` or ``"none"``; see :func:`inlay.core.merge.merge`,
+                also for what is raised. Nothing was written then.
         """
         if keep != "copy":
             operate.merge_into(self.state, adapter_names, keep=keep)
