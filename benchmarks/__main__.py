@@ -28,7 +28,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="all, report, or names of scripts")
     parser.add_argument("--against", choices=["peft"], help="measure peft too")
-    parser.add_argument("--quick", action="store_true", help="smaller models, fewer rounds, gated rows only")
+    parser.add_argument("--quick", action="store_true", help="smaller models, fewer rounds, and no slow rows")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json and the report")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch's threads, 1 by default")
     parser.add_argument("--row", default="", metavar="TEXT", help="only rows whose name contains this")
@@ -76,10 +76,11 @@ def run(names: Sequence[str], chosen: argparse.Namespace) -> int:
         result: dict[str, Any] = {"environment": where, "quick": how.quick, "against_peft": how.against_peft}
         result["rows"] = dict(catalogue.read_result(name).get("rows", {})) if chosen.row else {}
         for row in catalogue.rows(name):
-            if chosen.row not in row.name or (how.quick and not row.bounded):
+            if chosen.row not in row.name or (how.quick and not row.in_quick):
                 continue
-            print(f"{time.monotonic() - start:5.0f} s  {name}: {row.name}", file=sys.stderr, flush=True)
+            print(f"{time.monotonic() - start:5.0f} s  {name}: {row.name}", end="", file=sys.stderr, flush=True)
             result["rows"][row.name] = entry = measure_apart(row, how)
+            print(f"  ({entry.get('seconds', '-')} s of CPU)", file=sys.stderr, flush=True)
             measured.append((row, catalogue.figures_of(result, row), entry.get("failed")))
             if chosen.save:
                 catalogue.write_result(name, result)

@@ -48,7 +48,7 @@ def dora(dropout: float, gate: float) -> Any:
             at_least(5, of="bytes kept, peft / inlay"),
         ),
         full={"dropout": dropout, "hidden": 1024, "inner": 2816, "tokens": 512, "rounds": 5},
-        quick={"hidden": 512, "inner": 1408, "tokens": 256, "rounds": 3},
+        quick={"hidden": 512, "inner": 1408, "tokens": 128, "rounds": 3},
     )(step)
 
 

@@ -16,7 +16,7 @@ from benchmarks.memory import allocated_bytes, kept_for_backward
 WHAT = "forward and backward of Qwen3-MoE's experts (hidden 512, inner 256), 128 experts, 8 for each of 4,096 tokens"
 FLOOR = "the frozen experts in transformers' grouped_mm, with gradients through tokens and routing weights only"
 FULL = {"tokens": 4096, "hidden": 512, "inner": 256, "experts": 128, "rounds": 3}
-QUICK = {"tokens": 1024, "experts": 32}  # as many rows an expert as in full, which is what the ratio depends on
+QUICK = {"tokens": 1024, "experts": 32, "rounds": 3}  # as many rows an expert as in full, which is what the ratio depends on
 BANKS = ("gate_up_proj", "down_proj")
 
 
@@ -103,6 +103,7 @@ def lora(name: str, dtype: str, *targets: Target, dropout: float = 0.0, adapters
         targets=targets,
         full={"dtype": dtype, "dropout": dropout, "adapters": adapters, "banks": banks, **FULL},
         quick=QUICK,
+        slow=dtype == "float32" or adapters > 1 or banks != BANKS,
     )(step)
 
 

@@ -127,10 +127,13 @@ class Row:
     full: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of `measure`
     quick: Mapping[str, Any] = field(default_factory=dict)  # those that differ with --quick
 
+    slow: bool = False  # left out with --quick
+
     @property
-    def bounded(self) -> bool:
-        """Whether a gate or a goal is set; rows without are for the page only, and left out with --quick."""
-        return any(target.gate is not None or target.goal is not None for target in self.targets)
+    def in_quick(self) -> bool:
+        """Whether the row runs with --quick too: it is not slow, and has a gate or a goal."""
+        bounded = any(target.gate is not None or target.goal is not None for target in self.targets)
+        return bounded and not self.slow
 
     def parameters(self, quick: bool) -> dict[str, Any]:
         return {**self.full, **(self.quick if quick else {})}
@@ -144,11 +147,15 @@ def row(
     floor: str = "",
     full: Mapping[str, Any] | None = None,
     quick: Mapping[str, Any] | None = None,
+    slow: bool = False,
 ) -> Callable[[Callable[..., Figures]], Row]:
-    """Make a row of the function that measures it: ``measure(run, **parameters) -> Figures``."""
+    """Make a row of the function that measures it: ``measure(run, **parameters) -> Figures``.
+
+    ``full`` are its parameters, ``quick`` those that differ with ``--quick``, where rows that are ``slow`` do not run.
+    """
 
     def make(measure: Callable[..., Figures]) -> Row:
-        return Row(name, what, targets, measure, floor, full or {}, quick or {})
+        return Row(name, what, targets, measure, floor, full or {}, quick or {}, slow)
 
     return make
 

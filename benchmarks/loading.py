@@ -85,7 +85,7 @@ load_504 = row(
     floor=FLOOR,
     targets=(at_least(50, of="peft / inlay"), at_most(None, 3, of="inlay / floor")),
     full={"layers": 32, **WIDE},
-    quick={"layers": 4},
+    quick={"layers": 2},
 )
 def twentieth_load(run: Run, layers: int, hidden: int, inner: int) -> Figures:
     folder = adapter_file(layers, hidden, inner)
@@ -112,7 +112,7 @@ def twentieth_load(run: Run, layers: int, hidden: int, inner: int) -> Figures:
     what="load_adapter with 1,000 adapters loaded, over the same with one; LoRA r16 on a Llama of 2 layers",
     targets=(at_most(1.5, of="inlay, many / inlay, one"),),
     full={"layers": 2, "many": 1000, **WIDE},
-    quick={"many": 200},
+    quick={"many": 50},
 )
 def flat_load(run: Run, layers: int, many: int, hidden: int, inner: int) -> Figures:
     import inlay

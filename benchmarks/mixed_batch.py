@@ -97,6 +97,7 @@ def mixed_row(adapters: int, tokens: int, gate: float | None, goal: float | None
         targets=(at_most(gate, goal, reason=reason),),
         full={"width": 1024, "tokens": tokens, "adapters": adapters, "rounds": 15, "repeat": 16 if tokens == 1 else 1},
         quick={"rounds": 3, "repeat": 4 if tokens == 1 else 1},
+        slow=tokens > 1,
     )(mixed)
 
 

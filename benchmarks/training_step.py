@@ -15,7 +15,7 @@ from benchmarks.harness import Figure, Figures, Run, Target, at_most, row, stand
 WHAT = "forward and backward of a Llama layer (hidden 1024, inner 2816), LoRA on its 7 linear layers, 512 tokens"
 FLOOR = "the frozen layer with gradients through activations only"
 FULL = {"hidden": 1024, "inner": 2816, "tokens": 512}
-QUICK = {"hidden": 512, "inner": 1408, "tokens": 256, "rounds": 3}
+QUICK = {"hidden": 512, "inner": 1408, "tokens": 128, "rounds": 3}
 RATIOS = (
     "inlay / floor",
     "peft / inlay",
