@@ -237,3 +237,19 @@ def test_forward_while_merged_and_switched_off_leaves_the_weights_alone() -> Non
             assert torch.allclose(model(x.double()), base)
         same = all(torch.equal(value, merged[key]) for key, value in weights(model).items())
         assert same == (name == "inlay"), name
+
+
+def test_gradients_switched_on_by_hand_outlast_a_switch_of_other_adapters() -> None:
+    left = {}
+    for name, library in LIBRARIES.items():
+        model = wrapped(library, ("a", "b", "c"))
+        for path, parameter in model.named_parameters():
+            if ".b." in path:
+                parameter.requires_grad_(True)
+        model.set_adapter("c")
+        trained = {path.split(".")[-2] for path, parameter in model.named_parameters() if parameter.requires_grad}
+        left[name] = trained
+        model.set_requires_grad("b", True)
+        model.set_adapter("a")
+        assert {path.split(".")[-2] for path, p in model.named_parameters() if p.requires_grad} == {"a"}
+    assert left == {"peft": {"c"}, "inlay": {"b", "c"}}

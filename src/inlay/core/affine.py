@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class Site:
         other.__dict__.update(self.__dict__, name=name)
         return other
 
-    @property
+    @cached_property
     def form(self) -> tuple[Any, ...]:
         """All but the name, where patterns look at no other name."""
         return (

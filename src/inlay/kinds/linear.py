@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ def bare_linear(in_features: int, out_features: int) -> nn.Linear:
     return linear
 
 
+@lru_cache(maxsize=256)
+def _form(kind: str, out: int, channels: int, bias: bool) -> Site:
+    """Return the site of a layer without its name; a model has many layers of few shapes."""
+    site = Site("", kind, out, channels, bias=bias)
+    site.form  # noqa: B018  so that the sites named after it have it
+    return site
+
+
 class Linear(Kind):
     """Weight (out, in); ``Conv1D`` stores (in, out), which the matrix view transposes."""
 
@@ -47,7 +56,7 @@ class Linear(Kind):
             channels, out = module.weight.shape
             return Site(name, self.name, int(out), int(channels), bias=True, transposed=True)
         biased = module._parameters["bias"] is not None if "bias" in module._parameters else module.bias is not None
-        return Site(name, self.name, int(module.out_features), int(module.in_features), bias=biased)
+        return _form(self.name, int(module.out_features), int(module.in_features), biased).named(name)
 
     def to_matrix(self, site: Site, stored: Tensor) -> Tensor:
         return stored.t() if site.transposed else stored

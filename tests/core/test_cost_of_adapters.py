@@ -1,0 +1,169 @@
+"""What adapters cost to put in, switch and delete, counted in Python calls: seconds depend on the machine."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import inlay
+from inlay.core.follow import base_modules
+from inlay.core.policy import INLAY
+from inlay.models import operate
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+
+
+class Tower(nn.Module):
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+
+
+def config() -> inlay.LoraConfig:
+    return inlay.LoraConfig(r=2, target_modules=["q", "v"])
+
+
+def wrapped(blocks: int, adapters: int) -> inlay.PeftModel:
+    model = inlay.get_peft_model(Tower(blocks), config(), "a0")
+    for number in range(1, adapters):
+        model.add_adapter(f"a{number}", config())
+    return model
+
+
+def calls(action: Callable[[], object]) -> Counter[str]:
+    """Return how often each Python function is called, by the name of its code."""
+    found: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            found[frame.f_code.co_qualname if sys.version_info >= (3, 11) else frame.f_code.co_name] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+ACTIONS: dict[str, Callable[[inlay.PeftModel], object]] = {
+    "set_adapter": lambda model: model.set_adapter("a1"),
+    "two adapters": lambda model: model.set_adapter(["a1", "a0"]),
+    "delete_adapter": lambda model: model.delete_adapter("a1"),
+    "set_requires_grad": lambda model: model.set_requires_grad("a1", True),
+    "add_adapter": lambda model: model.add_adapter("new", config()),
+}
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_an_operation_on_one_adapter_does_not_depend_on_how_many_there_are(name: str) -> None:
+    counted = []
+    for adapters in (3, 12):
+        model = wrapped(2, adapters)
+        ACTIONS[name](wrapped(2, 3))  # what is imported or remembered at the first call is no part of it
+        counted.append(calls(lambda model=model: ACTIONS[name](model)))  # type: ignore[misc]
+    few, many = counted
+    differing = {key: (few[key], many[key]) for key in few | many if few[key] != many[key]}
+    # a name that is refused or looked up is compared with each name, in expressions that call nothing else
+    assert not differing
+
+
+@pytest.mark.parametrize("adapters", [1, 3])
+def test_injection_is_linear_in_the_number_of_layers(adapters: int) -> None:
+    counted = {}
+    for blocks in (4, 8, 16):
+        inlay.get_peft_model(Tower(1), config())
+        if adapters == 1:
+            tower = Tower(blocks)
+            found = calls(lambda tower=tower: inlay.get_peft_model(tower, config()))  # type: ignore[misc]
+        else:
+            model = wrapped(blocks, adapters - 1)
+            found = calls(lambda model=model: model.add_adapter("new", config()))  # type: ignore[misc]
+        counted[blocks] = sum(found.values())
+    assert counted[16] - counted[8] == 2 * (counted[8] - counted[4])
+
+
+def test_a_failed_injection_is_undone_in_linear_time() -> None:
+    def fail(*given: object) -> None:
+        raise RuntimeError("too late")
+
+    counted = {}
+    for blocks in (1, 4, 8, 16):
+        tower = Tower(blocks)
+
+        def act(tower: nn.Module = tower) -> None:
+            with pytest.raises(RuntimeError, match="too late"):
+                operate.add(tower, config(), "a", policy=INLAY, then=fail)
+
+        counted[blocks] = sum(calls(act).values())
+        assert not any(hasattr(module, "base_layer") for module in tower.modules())
+    assert counted[16] - counted[8] == 2 * (counted[8] - counted[4])
+
+
+def test_no_walk_enters_what_hangs_below_layers() -> None:
+    model = wrapped(2, 5).get_base_model()
+    paths = {id(module): name for name, module in model.named_modules()}
+    visited = [paths[id(module)] for module in base_modules(model)]
+    assert not any("lora" in path for path in visited)
+    bare = [name for name, _ in Tower(2).named_modules()]
+    assert [path.removesuffix(".base_layer") for path in visited if not path.endswith(".base_layer")] == bare
+
+
+def test_sites_of_one_form_share_slots_and_nothing_that_can_be_written() -> None:
+    tower = Tower(2)
+    made = inlay.plan(tower, inlay.LoraConfig(r=2, target_modules=["q", "v"], rank_pattern={"blocks.1.v": 3}))
+    by_path = {placement.place.path: placement for placement in made.placements}
+    assert by_path["blocks.0.q"].slots is by_path["blocks.1.q"].slots
+    assert by_path["blocks.1.v"].slots["A"].shape == (3, 4)
+    assert by_path["blocks.0.v"].slots["A"].shape == (2, 4)
+    inlay.inject(made)
+    tower.blocks[0].q.scaling["default"] = 7.0  # type: ignore[union-attr,index]
+    assert tower.blocks[1].q.scaling["default"] == 4.0  # type: ignore[union-attr,index]
+
+
+def test_a_subclass_that_reads_names_is_asked_at_every_site() -> None:
+    from inlay.core.affine import Site
+    from inlay.methods.lora import LoRA
+
+    class Counting(LoRA):
+        def options(self, site: Site) -> dict[str, Any]:
+            return {**super().options(site), "scaling": float(len(site.name))}
+
+    one, other = Site("a", "linear", 4, 4), Site("bb", "linear", 4, 4)
+    assert LoRA(config()).alike(one) == LoRA(config()).alike(other)
+    assert Counting(config()).alike(one) != Counting(config()).alike(other)
+
+
+def test_bare_modules_are_what_constructors_make() -> None:
+    from inlay.core.bare import bare
+
+    for cls in (nn.ModuleDict, nn.Identity):
+        made, told = bare(cls), cls()
+        assert list(made.__dict__) == list(told.__dict__)
+        for name, value in told.__dict__.items():
+            assert type(made.__dict__[name]) is type(value)
+            assert made.__dict__[name] == value
+            if isinstance(value, (dict, set)):
+                assert made.__dict__[name] is not bare(cls).__dict__[name]
+
+
+def test_values_do_not_depend_on_what_was_drawn_before() -> None:
+    def values(*targets: str) -> torch.Tensor:
+        tower = Tower(2)
+        inlay.inject(inlay.plan(tower, inlay.LoraConfig(r=2, target_modules=list(targets))), seed=5)
+        return tower.blocks[1].v.lora_A["default"].weight  # type: ignore[union-attr,index,return-value]
+
+    assert torch.equal(values("v"), values("q", "v"))
