@@ -65,6 +65,8 @@ def replace_adapter(tree: Tree, adapter: str, config: Any, tensors: Mapping[str,
         raise type(error)(f"{where}{error}") from None
     new = renewed(record.method, with_rank(record.method.config, config))
     swap = _planned(tree, adapter, index, found, new, where)
+    if state.fixed is not None:
+        state.fixed.release(state, adapter)  # its tensors may get another rank
     _apply(tree, swap)
     record.method = new
     record.saved = {}
@@ -106,6 +108,13 @@ def _planned(tree: Tree, adapter: str, index: KeyIndex, found: Resolution, new: 
             held = target.tensor
             room = tuple(max(have, wanted) for have, wanted in zip(held.shape, slot.shape, strict=True))
             one = Sized(layer, entry, role, slot, room)
+            largest = None if tree.state.fixed is None else tree.state.fixed.max_rank
+            rank = slot.shape[slot.dims.index("r")]
+            if largest is not None and rank > largest:
+                raise CheckpointMismatchError(
+                    f"{where}{entry.site.name!r}: {slot.key!r} has rank {rank}, and the model was "
+                    f"prepared for {largest}; give prepare_for_compile a larger max_rank"
+                )
             if room != tuple(held.shape) and tree.state.policy.strict_load and _prepared(entry):
                 raise CheckpointMismatchError(
                     f"{where}{entry.site.name!r}: the model has room for {slot.key!r} of shape {tuple(held.shape)}, "
@@ -183,7 +192,7 @@ def _apply(tree: Tree, swap: _Swap) -> None:
             if isinstance(number, Tensor):
                 number.fill_(value)  # compiled code may hold the tensor itself
             else:
-                entry.options[option] = value
+                entry.set(option, value)
     for one, value in swap.sized:
         one.write(value)
     for target, value in swap.plain:

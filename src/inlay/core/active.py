@@ -82,6 +82,8 @@ def set_active(state: State, names: Iterable[str], trainable: bool | None = None
         raise StateError(f"an adapter can be active once only, found {list(wanted)}")
     for layer in state.layers():
         layer.check_active(wanted)
+    if state.fixed is not None:
+        state.fixed.check(state, wanted)
     with switched_back(state):
         state.active = wanted
         for layer in state.apart():

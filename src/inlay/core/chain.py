@@ -42,6 +42,11 @@ class ChainHolder(LayerSurface):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget_chain()
+        for entry in self._each():
+            entry.compiled = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bank": None}  # a copy has places of its own, or none
 
     def _forget_chain(self) -> None:
         own = self.__dict__
@@ -81,6 +86,8 @@ class ChainHolder(LayerSurface):
         if call is not None and call.active is not None and own["_own_active"] is None:
             return self._entries_of(call.active) if self.enabled else ()
         if torch.compiler.is_compiling():
+            if own["_bank"] is not None and own["_own_active"] is None:
+                return own["_bank"].entries if self.enabled else ()
             return self._resolve()
         version = own["_state"].version
         cached = own["_chain"]

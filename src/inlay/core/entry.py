@@ -96,9 +96,11 @@ class Entry:
         skip_probability: chance of leaving the adapter out of one training forward (``module_dropout``).
         room: shape by role of tensors that have a larger rank than their slots, filled up with zeros, so that an
             adapter of another rank can take their place.
+        compiled: the numbers of the place in which compiled code has the adapter; see ``core.fixed``.
     """
 
     __slots__ = (
+        "compiled",
         "home",
         "mesh",
         "method",
@@ -124,6 +126,7 @@ class Entry:
         self.mesh: Any = None
         self.skip_probability = method.skip_probability
         self.room: dict[str, tuple[int, ...]] = {}
+        self.compiled: dict[str, Tensor] | None = None
 
     def set(self, option: str, value: Any) -> None:
         """Change a number; one that is a tensor stays a tensor, because compiled code has no guard on its value."""
@@ -131,6 +134,9 @@ class Entry:
         if isinstance(held, Tensor):
             value = torch.as_tensor(value, dtype=held.dtype, device=held.device)
         self.options[option] = value
+        if self.compiled is not None and option in self.compiled:
+            with torch.no_grad():
+                self.compiled[option].fill_(value)
 
     def parameters(self, layer: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
         """Iterate over the entry's own parameters at ``layer``, with whether its slots let them train."""

@@ -42,6 +42,7 @@ class AdaptedLayer(ChainHolder):
         own["entries"] = {}
         own["_kept"] = {}  # base tensors as they were before merging
         own["shares"] = ()  # paths of other layers that hold the same weight
+        own["_bank"] = None  # what compiled code runs, where the model was prepared for that; see ``core.fixed``
         own["_modules"]["base_layer"] = base
         own["training"] = base.training
         self.join(state)
@@ -69,7 +70,13 @@ class AdaptedLayer(ChainHolder):
         return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        bank = self._bank
+        if bank is not None:
+            bank.release()
+            bank.move(fn)
         super()._apply(fn, recurse)
+        if bank is not None and self.state.fixed is not None:
+            self.state.fixed.place(self)
         for entries in self.entries.values():
             for entry in entries:
                 for option, value in entry.options.items():
@@ -232,6 +239,8 @@ class AdaptedLayer(ChainHolder):
         self.__dict__["_merged"] = merged
         self.__dict__["_kept"] = kept
         self._forget_chain()
+        if self.state.fixed is not None:
+            self.state.fixed.place(self)
 
     def restore(self) -> None:
         """Put back, bitwise, what was there before anything was merged.

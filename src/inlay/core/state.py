@@ -14,6 +14,7 @@ from inlay.core.policy import INLAY, Policy
 from inlay.errors import AdapterNameError, StateError, UnknownAdapterError, did_you_mean
 
 if TYPE_CHECKING:
+    from inlay.core.fixed import FixedSlots
     from inlay.core.follow import Follower
     from inlay.core.method import Method
     from inlay.core.replicate import Replication
@@ -80,6 +81,7 @@ class State:
         training: adapters whose gradients may be on; the others are not looked at when adapters are switched. Who
             switches gradients on by hand, and not by adapter, is left alone.
         residency: knows adapters that are registered and not in the model, if there are any.
+        fixed: places that compiled code has the active adapters in, where the model was prepared for that.
     """
 
     policy: Policy = INLAY
@@ -93,6 +95,7 @@ class State:
     replication: Replication | None = None
     training: set[str] = field(default_factory=set)
     residency: Residency | None = field(default=None, repr=False)
+    fixed: FixedSlots | None = field(default=None, repr=False)
     _layers: dict[int, weakref.ref[Any]] = field(default_factory=dict, repr=False)
     _apart: dict[int, weakref.ref[Any]] = field(default_factory=dict, repr=False)
     _holder: weakref.ref[nn.Module] | None = field(default=None, repr=False)
@@ -100,8 +103,8 @@ class State:
     def __getstate__(self) -> dict[str, Any]:
         # Layers enter themselves when they are rebuilt, so a copy of a subtree splits off a state of its own.
         # So does the module that holds the shared tensors.
-        # Adapters that are registered elsewhere stay with the original.
-        return {**self.__dict__, "_layers": {}, "_apart": {}, "_holder": None, "residency": None}
+        # Adapters that are registered elsewhere stay with the original, and so do the places of compiled code.
+        return {**self.__dict__, "_layers": {}, "_apart": {}, "_holder": None, "residency": None, "fixed": None}
 
     @contextmanager
     def placed(self, names: Sequence[str]) -> Iterator[list[str]]:
@@ -119,6 +122,8 @@ class State:
     def touch(self) -> None:
         """Make every layer resolve its chain anew."""
         self.version += 1
+        if self.fixed is not None:
+            self.fixed.follow(self)
 
     def hold_shared(self, holder: nn.Module) -> None:
         """Let ``holder``, a wrapper around the model, register the shared tensors instead of the model itself."""

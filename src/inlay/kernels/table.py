@@ -64,10 +64,13 @@ def sum_of(kind: Kind, module: nn.Module, site: Site, y: Tensor, x: Tensor, delt
     if kind.name == "linear" and isinstance(delta, LowRank) and all(_plain(t) for t in (y, delta.A, delta.B)):
         cast = _cast(kind, module, site, x, delta, compute)
         assert isinstance(cast, LowRank)
-        if cast.A.dtype == y.dtype and isinstance(delta.scale, (int, float)):  # one kernel adds product and scale
+        if cast.A.dtype == y.dtype:  # one kernel adds product and scale
             t = torch.nn.functional.linear(x.to(y.dtype), cast.A)
+            scale = delta.scale
+            if isinstance(scale, Tensor):  # compiled code reads it anew
+                t, scale = t * scale.to(t.dtype), 1.0
             flat, width = y.reshape(-1, y.shape[-1]), t.shape[-1]
-            total = torch.addmm(flat, t.reshape(-1, width), cast.B.t(), alpha=float(delta.scale)).view(y.shape)
+            total = torch.addmm(flat, t.reshape(-1, width), cast.B.t(), alpha=float(scale)).view(y.shape)
             return total if delta.bias is None else total + (delta.bias * delta.scale).to(y.dtype)
     return (y + apply_delta(kind, module, site, x, delta, compute)).to(y.dtype)
 

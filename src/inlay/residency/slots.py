@@ -253,7 +253,7 @@ class Slots:
                 if isinstance(present, Tensor):
                     present.fill_(number)  # compiled code may hold the tensor itself
                 else:
-                    entry.options[option] = number
+                    entry.set(option, number)
         record = self.state.record(name)
         record.method, record.config, record.saved = fit.method, fit.config, {}
         self.state.touch()
