@@ -72,7 +72,7 @@ class Bank:
         """Let the slots hold these adapters; only what changes is copied."""
         for i, entry in enumerate(wanted):
             if self._held[i] is not entry:
-                self._lift(i)
+                self._lift(i, empty=entry is None)
         for i, entry in enumerate(wanted):
             if entry is not None and self._held[i] is None:
                 for link, (_, containers, leaf) in zip(self._links[i], entry.places, strict=True):
@@ -99,13 +99,14 @@ class Bank:
             if entry is not None and adapter in (None, entry.name):
                 self._lift(i)
 
-    def _lift(self, i: int) -> None:
+    def _lift(self, i: int, empty: bool = True) -> None:
+        """Give the tensors in one slot memory of their own; ``empty`` fills the slot with zeros."""
         entry = self._held[i]
         if entry is None:
             return
         for link in self._links[i]:
-            link.let_go()
-        for number in self.entries[i].options.values():
+            link.let_go(empty)
+        for number in self.entries[i].options.values() if empty else ():
             number.zero_()
         entry.compiled = None
         self._held[i] = None
@@ -156,12 +157,13 @@ class _Link:
         """Whether a tensor lies here."""
         return tensor is self.target and tensor.data_ptr() == self.slot_tensor.data_ptr()
 
-    def let_go(self) -> None:
-        """Give the adapter's tensor memory of its own, and fill the slot with zeros."""
+    def let_go(self, empty: bool) -> None:
+        """Give the adapter's tensor memory of its own."""
         if self.target is not None:
             self.target.data = self.target.detach().clone(memory_format=torch.contiguous_format)
         self.target = None
-        self.slot_tensor.zero_()
+        if empty:
+            self.slot_tensor.zero_()
 
     def _pass_on(self, slot_tensor: Tensor) -> None:
         """Give the gradient of a slot's tensor to the adapter's parameter."""

@@ -17,7 +17,7 @@ from inlay.core.layer import AdaptedLayer
 from inlay.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from inlay.core.state import State
+    from inlay.core.state import Record, State
 
 __all__ = ["FixedSlots"]
 
@@ -34,6 +34,7 @@ class FixedSlots:
         self.count = count
         self.max_rank = max_rank
         self._placed: tuple[Any, ...] | None = None
+        self._checked: dict[str, tuple[Record, int]] = {}  # what fitted, and at how many layers it was looked at
 
     def check(self, state: State, names: Iterable[str]) -> None:
         """Refuse adapters that cannot be active in slots; nothing is changed.
@@ -47,7 +48,9 @@ class FixedSlots:
                 f"{len(names)} adapters are to be active ({', '.join(map(repr, names))}), and the model was prepared "
                 f"for {self.count}; call prepare_for_compile(model, slots={len(names)}, ...)"
             )
-        for layer in state.layers():
+        layers = list(state.layers())
+        names = tuple(name for name in names if not self._is_checked(state, name, len(layers)))
+        for layer in layers if names else ():
             bank = layer.__dict__.get("_bank")
             for name in names:
                 reason = self.reason(layer, name)
@@ -55,6 +58,11 @@ class FixedSlots:
                     reason = bank.reason(layer, layer.entries[name][0])
                 if reason is not None:
                     raise UnsupportedError(f"adapter {name!r} at {layer.site_path!r}: {reason}")
+        self._checked.update({name: (state.record(name), len(layers)) for name in names})
+
+    def _is_checked(self, state: State, name: str, layers: int) -> bool:
+        record, looked_at = self._checked.get(name, (None, 0))
+        return record is state.record(name) and looked_at == layers
 
     def check_all(self, state: State) -> None:
         """Refuse a model some of whose adapters can be in no slots, or not in the same; nothing is changed.
@@ -118,6 +126,7 @@ class FixedSlots:
     def release(self, state: State, adapter: str | None = None) -> None:
         """Give the tensors of an adapter, or of all, memory of their own; the next :meth:`follow` places them again."""
         self._placed = None
+        self._checked.clear()
         for layer in state.layers():
             bank = layer.__dict__.get("_bank")
             if bank is not None:
