@@ -50,7 +50,9 @@ def _short(weight: Tensor, delta: LowRank) -> bool:
     """Whether this is cheaper than the sum, and possible: plain tensors outside of a traced graph."""
     plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (weight, delta.A, delta.B))
     number = isinstance(delta.scale, (int, float))
-    return plain and number and delta.groups == 1 and not torch.compiler.is_compiling()
+    if not plain or not number or delta.groups != 1 or torch.compiler.is_compiling():
+        return False
+    return not weight.is_meta and not torch._C._are_functorch_transforms_active()  # these know no values to look at
 
 
 def _direct(weight: Tensor) -> Tensor:

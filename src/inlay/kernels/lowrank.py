@@ -194,7 +194,8 @@ def _expand(
         y = (z * gain).to(z.dtype)
         if bias is not None:
             y += bias.to(y.dtype)
-    return y.view(shape), z
+    # not a view, since torch lets nobody write into one that a custom function returns (``nn.ReLU(inplace=True)``)
+    return y if y.shape == shape else torch.ops.aten._unsafe_view.default(y, shape), z
 
 
 class _Expand(torch.autograd.Function):
