@@ -40,8 +40,18 @@ def expected(release: str, case: str) -> Tensor:
     return found.get(f"{case}/reread", found[case]) if case in LOST_BIASES else found[case]
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+def rounding(case: str) -> float:
+    """Return by how much outputs differ between processors.
+
+    The tiny GPT-2 has rows of nearly equal numbers before a norm, which makes rounding a thousand times larger: float32
+    is off by 5e-4 from float64. Its adapters change outputs by 2 and more.
+    """
+    return 3e-3 if case in CASES and CASES[case].base == "gpt2" else 1e-5
+
+
+def close(found: Tensor, wanted: Tensor, case: str = "") -> None:
+    within = rounding(case)
+    torch.testing.assert_close(found, wanted, rtol=within, atol=within)
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -56,7 +66,7 @@ def test_same_outputs(release, policy):
             warnings.simplefilter("ignore")
             model = inlay.PeftModel.from_pretrained(base(CASES[case].base), folder(release, case))
         try:
-            close(logits(model), expected(release, case))
+            close(logits(model), expected(release, case), case)
         except AssertionError as error:
             raise AssertionError(f"{release}, {case}: {error}") from None
         compared += 1
@@ -68,7 +78,8 @@ def test_every_adapter_changes_the_outputs():
     plain = {name: logits(base(name)) for name in ("net", "bert", "gpt2", "llama", "tied")}
     for release, case in WRITTEN:
         if (release, case) not in EMPTY:
-            assert (expected(release, case) - plain[CASES[case].base]).abs().max() > 1e-3, (release, case)
+            change = (expected(release, case) - plain[CASES[case].base]).abs().max()
+            assert change > 100 * rounding(case), (release, case)
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -130,7 +141,7 @@ def test_biases_of_any_name_are_given_back():
 @pytest.mark.parametrize(("release", "case"), [(r, c) for r, c in WRITTEN if CASES[c].form == "compiled"][::5])
 def test_keys_of_compiled_models_on_compiled_models(release, case, policy):
     model = inlay.PeftModel.from_pretrained(torch.compile(base("net"), backend="eager"), folder(release, case))
-    close(logits(model), answers(release)[case])
+    close(logits(model), answers(release)[case], case)
 
 
 def test_modules_with_the_names_of_wrappers_keep_them():
@@ -168,6 +179,6 @@ def test_saved_again_they_say_the_same(release, case, tmp_path):
     first = inlay.PeftModel.from_pretrained(base(CASES[case].base), folder(release, case))
     first.save_pretrained(tmp_path)
     second = inlay.PeftModel.from_pretrained(base(CASES[case].base), tmp_path)
-    close(logits(second), answers(release)[case])
+    close(logits(second), answers(release)[case], case)
     inlay.set_peft_model_state_dict(second, get_peft_model_state_dict(second))
-    close(logits(second), answers(release)[case])
+    close(logits(second), answers(release)[case], case)
