@@ -7,8 +7,9 @@ linear layer on one-hot rows, a norm has fan_in 1. A bank of experts has leading
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -101,22 +102,7 @@ class Site:
     @cached_property
     def form(self) -> tuple[Any, ...]:
         """All but the name, where patterns look at no other name."""
-        return (
-            self.kind,
-            self.out,
-            self.channels,
-            self.kernel,
-            self.groups,
-            self.experts,
-            self.lookup,
-            self.elementwise,
-            self.bias,
-            self.transposed,
-            self.parameter,
-            self.patterns,
-            self.axes,
-            self.padding,
-        )
+        return _FORM(self)
 
     @property
     def owner(self) -> str:
@@ -196,6 +182,9 @@ class Site:
         """Flatten everything behind the row axis: a kernel (out, in, kh, kw) becomes (out, in * kh * kw)."""
         rows = len(self.experts) + 1
         return tensor.flatten(rows) if tensor.dim() > rows + 1 else tensor
+
+
+_FORM = attrgetter(*(field.name for field in fields(Site) if field.name != "name"))
 
 
 class Delta:

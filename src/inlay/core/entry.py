@@ -163,7 +163,7 @@ def find_tensor(home: nn.Module, adapter: str, containers: tuple[str, ...], leaf
     for part in containers:
         holder = holder._modules[part]
     if not leaf:
-        return holder[adapter]  # type: ignore[no-any-return]
+        return holder[adapter]
     owner = holder._modules[adapter]
     tensor = owner._parameters.get(leaf)
     return getattr(owner, leaf) if tensor is None else tensor

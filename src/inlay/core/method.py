@@ -98,7 +98,7 @@ class Method:
 
     def alike(self, site: Site) -> Hashable:
         """Return a key that two sites have in common if this method treats them alike, their names aside."""
-        fields = _patterned(type(self))
+        fields = _patterned(type(self))  # type: ignore[arg-type]  # mypy takes a class for unhashable
         if fields is None:
             return site
         values = (self.by_pattern(field, site, None) for field in fields if getattr(self.config, field))

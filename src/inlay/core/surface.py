@@ -183,7 +183,7 @@ class LayerSurface(EntryHolder):
         base: Any = self._modules["base_layer"]
         while isinstance(base, LayerSurface):
             base = base._modules["base_layer"]
-        return base  # type: ignore[no-any-return]
+        return base
 
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Activate adapters on this layer only, in this order; it no longer follows the model.
