@@ -27,6 +27,8 @@ __all__ = [
 
 ALL_LINEAR = "all-linear"
 
+_SET = nn.Module.__setattr__  # as torch has it, whatever somebody puts in its place later
+
 
 @dataclass(slots=True, eq=False)
 class Place:
@@ -56,7 +58,7 @@ class Place:
     def put(self, module: nn.Module) -> None:
         """Let another module stand here."""
         for parent, name in self.parents:
-            if type(parent).__setattr__ is nn.Module.__setattr__:
+            if type(parent).__setattr__ is _SET:
                 parent._modules[name] = module  # which is all that it does, after long checks
             else:
                 setattr(parent, name, module)
