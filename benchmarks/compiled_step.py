@@ -23,20 +23,17 @@ def compiled(layer: nn.Module, backend: str = "inductor") -> Callable[..., Any]:
     return torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)
 
 
-@row(
-    "compiled LoRA step bfloat16 r16, p = 0",
-    what="forward and backward of a Llama layer under torch.compile, LoRA on its 7 linear layers, 512 tokens",
-    floor="the frozen layer compiled, with gradients through activations only",
-    targets=(at_most(1.20, 1.10),),
-    full={"hidden": 1024, "inner": 2816, "tokens": 512, "rounds": 5},
-    quick={"hidden": 512, "inner": 1408, "tokens": 128, "rounds": 3, "mlp": True},
-)
-def compiled_step(run: Run, hidden: int, inner: int, tokens: int, rounds: int, mlp: bool = False) -> Figures:
-    block = Block.make(torch.bfloat16, hidden, inner, tokens)
+def compiled_step(
+    run: Run, dtype: str, rank: int, hidden: int, inner: int, tokens: int, rounds: int, mlp: bool = False
+) -> Figures:
+    block = Block.make(getattr(torch, dtype), hidden, inner, tokens)
     models = {"floor": block.base.train()}
     for name, library in run.libraries().items():
         if name == "inlay" or not run.quick:  # compiling a layer takes a quarter of a minute
-            models[name] = block.adapted(library, r=16, lora_alpha=16)
+            models[name] = block.adapted(library, r=rank, lora_alpha=rank)
+        if name == "inlay" and not run.quick:
+            models["inlay prepared"] = block.adapted(library, r=rank, lora_alpha=rank)
+            library.prepare_for_compile(models["inlay prepared"], max_rank=rank)
     layers: dict[str, Any] = {name: block.layer(model) for name, model in models.items()}
     if mlp:  # compiles in a third of the time
         layers = {name: layer.mlp for name, layer in layers.items()}
@@ -45,12 +42,34 @@ def compiled_step(run: Run, hidden: int, inner: int, tokens: int, rounds: int, m
         actions[name] = stepping(block, compiled(layer), mlp)
         actions[f"{name} eager"] = stepping(block, layer, mlp)
     return run.alternate(actions, rounds).figures(
-        "inlay / floor", "peft / inlay", "peft / floor", "inlay eager / floor eager", "floor eager / floor"
+        "inlay / floor",
+        "inlay prepared / floor",
+        "peft / inlay",
+        "peft / floor",
+        "inlay eager / floor eager",
+        "floor eager / floor",
     )
+
+
+def lora(dtype: str, rank: int, **quick: Any):  # type: ignore[no-untyped-def]
+    return row(
+        f"compiled LoRA step {dtype} r{rank}, p = 0",
+        what="forward and backward of a Llama layer under torch.compile, LoRA on its 7 linear layers, 512 tokens; "
+        "prepared: after prepare_for_compile, with one slot of this rank",
+        floor="the frozen layer compiled, with gradients through activations only",
+        targets=(at_most(1.20, 1.10), at_most(1.20, 1.10, of="inlay prepared / floor")),
+        full={"dtype": dtype, "rank": rank, "hidden": 1024, "inner": 2816, "tokens": 512, "rounds": 5},
+        quick=quick,
+        slow=not quick,
+    )(compiled_step)
 
 
 def stepping(block: Block, layer: Callable[..., Any], mlp: bool) -> Callable[[], None]:
     return (lambda: layer(block.x).sum().backward()) if mlp else (lambda: block.step(layer))
+
+
+bf16_r16 = lora("bfloat16", 16, hidden=512, inner=1408, tokens=128, rounds=3, mlp=True)
+fp32_r8 = lora("float32", 8)
 
 
 class Recompilations:
