@@ -107,12 +107,12 @@ def test_prefetched_adapters_are_not_read_again(folders):
     for name in "012":
         store.register(name, folders / name)
     store.prefetch(["0", "1"])
-    wait(store._host.values(), timeout=30)
+    wait(store._host.reads.values(), timeout=30)
     with Opened(folders) as used, inlay.call(model, adapters=["0", "1", "__base__"]):
         model(inputs())
     assert used.names == []
     assert store.copies == 2
-    assert not store._host  # nothing is kept beyond its use, because max_host is 0
+    assert not store._host.reads  # nothing is kept beyond its use, because max_host is 0
     store.register("gone", folders / "gone", check=False)
     store.prefetch("gone")
     with pytest.raises(CheckpointError, match="gone"):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +12,11 @@ from torch import Tensor, nn
 
 from inlay.checkpoint.tree import bare_model
 from inlay.core.state import BASE, State
-from inlay.errors import AdapterNameError, ConfigError, StateError, UnknownAdapterError, did_you_mean
+from inlay.errors import AdapterNameError, ConfigError, UnknownAdapterError, did_you_mean
 from inlay.residency.building import add_slots, remove_slots
 from inlay.residency.host import Arena, Folder, packed
+from inlay.residency.occupancy import Occupancy
+from inlay.residency.reading import HostCache
 from inlay.residency.slots import Fitted, Slots
 
 __all__ = ["AdapterStore"]
@@ -66,25 +66,16 @@ class AdapterStore:
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise ConfigError(f"{what}: expected a whole number of at least {least}, found {number!r}")
         self._model = model
-        self._max_host = max_host
         self._sources: dict[str, Folder | Arena] = {}
-        self._at: OrderedDict[str, str] = OrderedDict()  # resident adapter -> its slot, the last used at the end
-        self._pinned: set[str] = set()
-        self._leases: Counter[str] = Counter()  # adapter -> forwards that use it
-        self._mine = _Mine()
-        self._versions: dict[str, int] = {}
-        self._host: OrderedDict[str, Future[Arena]] = OrderedDict()
-        self._readers: ThreadPoolExecutor | None = None
         self._changed = threading.Condition(threading.RLock())
-        self.copies = 0
-        """How often an adapter was copied into a slot so far."""
         names = add_slots(model, config, max_resident, autocast_adapter_dtype)
         try:
             self._slots = Slots(bare_model(model)[0], names)
         except BaseException:
             remove_slots(model, names)
             raise
-        self._free = list(reversed(names))
+        self._host = HostCache(max_host, len(names), lambda: self._pins_memory)
+        self._occupancy = Occupancy(self._slots, self._changed)
         self._state.residency = self
 
     @property
@@ -144,10 +135,10 @@ class AdapterStore:
         """
         with self._changed:
             self._known(name)
-            if name in self._at:
-                self._drop(name, changed=True)
+            if name in self._occupancy.at:
+                self._occupancy.drop(name, changed=True)
             self._sources.pop(name)
-            self._host.pop(name, None)
+            self._host.forget(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._sources
@@ -171,18 +162,23 @@ class AdapterStore:
     def resident(self) -> tuple[str, ...]:
         """Adapters that are in a slot, the last used one last."""
         with self._changed:
-            return tuple(self._at)
+            return tuple(self._occupancy.at)
 
     @property
     def pinned(self) -> frozenset[str]:
         """Adapters that stay in their slots."""
         with self._changed:
-            return frozenset(self._pinned)
+            return frozenset(self._occupancy.pinned)
 
     @property
     def max_resident(self) -> int:
         """The number of slots."""
         return len(self._slots.names)
+
+    @property
+    def copies(self) -> int:
+        """How often an adapter was copied into a slot so far."""
+        return self._occupancy.copies
 
     def pin(self, name: str) -> None:
         """Make an adapter resident, and keep it so.
@@ -192,8 +188,8 @@ class AdapterStore:
             StateError: no slot can be had.
         """
         with self._changed:
-            self._admit([self._checked(name)])
-            self._pinned.add(name)
+            self._occupancy.admit([self._checked(name)], self._fitted)
+            self._occupancy.pinned.add(name)
 
     def unpin(self, name: str) -> None:
         """Let an adapter be evicted again.
@@ -203,8 +199,7 @@ class AdapterStore:
         """
         with self._changed:
             self._known(name)
-            self._pinned.discard(name)
-            self._changed.notify_all()
+            self._occupancy.unpin(name)
 
     def evict(self, name: str) -> None:
         """Free an adapter's slot; it stays registered.
@@ -215,8 +210,8 @@ class AdapterStore:
         """
         with self._changed:
             self._known(name)
-            if name in self._at:
-                self._drop(name)
+            if name in self._occupancy.at:
+                self._occupancy.drop(name)
 
     def prefetch(self, names: str | Iterable[str]) -> None:
         """Read adapters into this machine's memory, in another thread; using them then only copies them.
@@ -230,18 +225,8 @@ class AdapterStore:
         with self._changed:
             for name in [names] if isinstance(names, str) else names:
                 source = self._known(name)
-                if isinstance(source, Arena) or name in self._at:
-                    continue
-                if name not in self._host:
-                    if self._readers is None:
-                        self._readers = ThreadPoolExecutor(2, thread_name_prefix="inlay-prefetch")
-                    self._host[name] = self._readers.submit(_read_ahead, source, self._pins_memory)
-                self._host.move_to_end(name)
-                self._bound_host(self._max_host or self.max_resident)
-
-    def _bound_host(self, most: int) -> None:
-        while len(self._host) > most:
-            self._host.popitem(last=False)[1].cancel()
+                if isinstance(source, Folder) and name not in self._occupancy.at:
+                    self._host.prefetch(name, source)
 
     @property
     def _pins_memory(self) -> bool:
@@ -261,21 +246,18 @@ class AdapterStore:
         wanted = list(names)
         with self._changed:
             distinct = [name for name in dict.fromkeys(wanted) if not self._is_own(name)]
-            places = self._admit([self._checked(name) for name in distinct])
-            self._leases.update(distinct)
-            self._mine.leases.update(distinct)
+            places = self._occupancy.admit([self._checked(name) for name in distinct], self._fitted)
+            self._occupancy.lease(distinct)
         try:
             yield [places.get(name, name) for name in wanted]
         finally:
             with self._changed:
-                self._leases.subtract(distinct)
-                self._mine.leases.subtract(distinct)
-                self._changed.notify_all()
+                self._occupancy.release(distinct)
 
     def shown(self, names: Iterable[str]) -> list[str]:
         """Return adapter names with those of slots replaced by those of the adapters in them."""
         with self._changed:
-            held = {slot: name for name, slot in self._at.items()}
+            held = {slot: name for name, slot in self._occupancy.at.items()}
         return [held.get(name, name) for name in names]
 
     def _is_own(self, name: str) -> bool:
@@ -291,131 +273,19 @@ class AdapterStore:
             )
         return name
 
-    def _admit(self, names: list[str]) -> dict[str, str]:
-        """Make adapters resident and return their slots; everything that can fail comes before the first copy."""
-        if self._slots.names[0] not in self._state.records:
-            raise StateError("the slots were taken out of the model; make another AdapterStore")
-        fits: dict[str, Fitted] = {}
-        while True:
-            missing = [name for name in names if name not in self._at]
-            fits.update((name, self._fitted(name)) for name in missing if name not in fits)
-            victims = self._victims(len(missing) - len(self._free), names)
-            if victims is not None:
-                break
-            self._changed.wait()  # others may take or free slots meanwhile
-        for victim in victims:
-            self._drop(victim)
-        for name in missing:
-            slot = self._free.pop()
-            try:
-                self._slots.write(slot, fits[name])
-            except BaseException:
-                self._free.append(slot)
-                raise
-            self.copies += 1
-            self._at[name] = slot
-            self._versions[name] = self._version(slot)
-        for name in names:
-            self._at.move_to_end(name)
-        return {name: self._at[name] for name in names}
-
-    def _victims(self, count: int, wanted: list[str]) -> list[str] | None:
-        """Return the least recently used adapters that can go; None to wait for what other threads use.
-
-        Raises:
-            StateError: waiting is of no use.
-        """
-        if count <= 0:
-            return []
-        found: list[str] = []
-        reasons: dict[str, str] = {}
-        for name in self._at:
-            reason = "asked for as well" if name in wanted else self._kept(name)
-            if reason is None:
-                found.append(name)
-                if len(found) == count:
-                    return found
-            else:
-                reasons[name] = reason
-        waits = [name for name, reason in reasons.items() if reason == _IN_USE and not self._mine.leases[name]]
-        if len(found) + len(waits) >= count and not +self._mine.leases:  # two that wait for each other wait for ever
-            return None
-        kept = ", ".join(f"{name!r} ({reason})" for name, reason in reasons.items()) or "none"
-        raise StateError(
-            f"{len(wanted)} adapters are asked for, and {count} more of the {self.max_resident} slots would be needed "
-            f"than are free; what cannot be evicted: {kept}"
-        )
-
-    def _kept(self, name: str) -> str | None:
-        """Return why a resident adapter cannot go, or None."""
-        slot = self._at[name]
-        if name in self._pinned:
-            return "pinned"
-        if slot in self._state.active:
-            return "active"
-        if self._leases[name] > 0:
-            return _IN_USE
-        if any(slot in layer.merged_names for layer in self._state.layers()):
-            return "merged"
-        if slot in self._state.training and any(tensor.requires_grad for tensor in self._slots.tensors(slot)):
-            return "trainable"
-        return "changed since it was copied in" if self._version(slot) != self._versions[name] else None
-
-    def _version(self, slot: str) -> int:
-        return sum(tensor._version for tensor in self._slots.tensors(slot))
-
-    def _drop(self, name: str, changed: bool = False) -> None:
-        reason = self._kept(name)
-        if reason is not None and not (changed and reason.startswith("changed")):
-            raise StateError(f"adapter {name!r} cannot leave its slot: it is {reason}")
-        self._free.append(self._at.pop(name))
-        self._versions.pop(name, None)
-
     def _fitted(self, name: str) -> Fitted:
         """Return an adapter ready to be copied, from memory where it is there."""
-        source = self._known(name)
-        ahead = self._host.get(name)
-        if ahead is not None:
-            try:
-                source = ahead.result()
-            except BaseException:
-                self._host.pop(name, None)  # so that the next attempt reads the file again
-                raise
-            if not self._max_host:
-                self._host.pop(name, None)
-        elif self._max_host and isinstance(source, Folder):
-            source = packed(*source.read(), self._pins_memory)
-            self._host[name] = Future()
-            self._host[name].set_result(source)
-        if name in self._host:
-            self._host.move_to_end(name)
-            self._bound_host(self._max_host)
-        return self._slots.fitted(name, *source.read())
+        return self._slots.fitted(name, *self._host.get(name, self._known(name)).read())
 
     def close(self) -> None:
         """Take the slots out of the model, and stop reading ahead. The adapters that are active in them go too."""
         with self._changed:
-            if self._readers is not None:
-                self._readers.shutdown(wait=False, cancel_futures=True)
+            self._host.close()
             self._state.residency = None
             remove_slots(self._model, [name for name in self._slots.names if name in self._state.records])
             self._sources.clear()
-            self._at.clear()
-            self._host.clear()
+            self._occupancy.at.clear()
 
     def __repr__(self) -> str:
-        return f"AdapterStore({len(self)} adapters registered, {len(self._at)} of {self.max_resident} slots taken)"
-
-
-_IN_USE = "in use by a forward"
-
-
-class _Mine(threading.local):
-    """Leases of the running thread."""
-
-    def __init__(self) -> None:
-        self.leases: Counter[str] = Counter()
-
-
-def _read_ahead(source: Folder, pinned: bool) -> Arena:
-    return packed(*source.read(), pinned)
+        taken = len(self._occupancy.at)
+        return f"AdapterStore({len(self)} adapters registered, {taken} of {self.max_resident} slots taken)"
