@@ -13,6 +13,7 @@ import tiny_models
 import torch
 
 import inlay
+import inlay.compat  # PEFT's classes of ``base_model``, with their prefixes, come with its names
 import inlay.functional
 from inlay.models.tuner import AdapterModel
 
