@@ -277,7 +277,8 @@ def test_checkpoints(reentrant: bool, p: float, parts: str) -> None:
         return checkpoint(module, x, use_reentrant=reentrant)
 
     found = []
-    for way in (wrap, wrap if p else lambda module, x: module(x)):
+    # a block of its own draws masks of its own; otherwise a checkpoint changes nothing
+    for way in (wrap, wrap if p and parts == "each layer" else lambda module, x: module(x)):
         torch.manual_seed(3)
         found.append(run_forward(model, batch(5, 12), lambda x, way=way: forward(x, way)))
         torch.rand(3)

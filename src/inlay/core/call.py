@@ -25,7 +25,7 @@ from inlay.core.routes import Routes
 if TYPE_CHECKING:
     from inlay.core.state import State
 
-__all__ = ["Call", "call_in_force", "call_of", "may_be_checkpointed", "open_calls", "opened"]
+__all__ = ["Call", "call_in_force", "call_of", "checkpoint_around", "may_be_checkpointed", "open_calls", "opened"]
 
 _CHECKPOINT_FILE = torch_checkpoint.__file__
 _MARK = "_inlay_calls"
@@ -121,6 +121,13 @@ def may_be_checkpointed(training: bool) -> bool:
     if not torch.is_grad_enabled():  # a reentrant checkpoint runs its block without gradients
         return training
     return training if _top_hooks is None else _top_hooks(True) is not None
+
+
+def checkpoint_around(training: bool) -> int:
+    """Return a number that tells the innermost gradient checkpoint on the stack from others, 0 where there is none."""
+    if torch._C._current_graph_task_id() == -1 and not may_be_checkpointed(training):
+        return 0
+    return next((id(holder) for holder, _ in _walk(sys._getframe(1))), 0)
 
 
 _top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)

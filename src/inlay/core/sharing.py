@@ -5,8 +5,8 @@ one got just before is remembered as its companion, and from the next forward on
 for all. A companion that did not come for its part is forgotten again. The mask of an adapter's dropout is theirs in
 common from the first forward on, so that what is drawn does not depend on what was seen.
 
-A gradient checkpoint counts what its block saves, so nothing is shared where one may be at work: a block that runs
-alone and is recomputed with companions would not match.
+A gradient checkpoint counts what its block saves, so no product is shared where one may be at work: a block that runs
+alone and is recomputed with companions would not match. A mask is shared within one block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.affine import LowRank
-from inlay.core.call import call_of, may_be_checkpointed
+from inlay.core.call import call_of, checkpoint_around, may_be_checkpointed
 from inlay.kernels.lowrank import shrink
 from inlay.kernels.masks import Mask
 
@@ -105,15 +105,15 @@ def narrow(layer: AdaptedLayer, entries: tuple[Entry, ...], updates: Updates, x:
     p = _one_probability(layer, updates)
     if p is None:
         return _each(updates, x)
-    if not _may_share(layer):
-        return [_alone(updates, x, Mask(x, p) if p else None)]
+    if not p and not _may_join(layer, x):
+        return [_alone(updates, x, None)]
     seen, key = _seen, _key(layer, updates, x, p)
     leader = None if seen.leader is None else seen.leader()
     if leader is not None and leader is not layer and seen.x() is x and seen.key == key:
         made = seen.ready.pop(id(layer), None)
         if made is not None and made.serves(entries, updates):
             return [_part(made.t, updates, seen.mask)]
-        if not _joins(layer, x):
+        if not _may_join(layer, x):
             return [_alone(updates, x, seen.mask)]
         known = [companion for companion in _companions.get(leader, ()) if companion[0]() not in (None, layer)]
         _companions[leader] = [*known, (weakref.ref(layer), entries)]
@@ -132,9 +132,9 @@ def _for_all(layer: AdaptedLayer, updates: Updates, x: Tensor, p: float, key: An
     group: list[tuple[Any, tuple[Entry, ...], Updates]] = [(layer, (), updates)]
     call = call_of(layer.state)
     chosen = call is not None and (call.disabled or call.names is not None)
-    for ref, entries in _companions.get(layer, ()) if _joins(layer, x) and not chosen else ():
+    for ref, entries in _companions.get(layer, ()) if _may_join(layer, x) and not chosen else ():
         other = ref()
-        if other is None or other.state is not layer.state or not _may_share(other):
+        if other is None or other.state is not layer.state or not _may_join(other, x):
             continue
         chain = other.chain(call)
         if not all(entry in chain for entry in entries):
@@ -180,8 +180,12 @@ def _one_probability(layer: AdaptedLayer, updates: Updates) -> float | None:
     return first.p if all(type(drop) is nn.Dropout and drop.p == first.p for drop in updates.drops) else None
 
 
-def _may_share(layer: AdaptedLayer) -> bool:
+def _may_join(layer: AdaptedLayer, x: Tensor) -> bool:
     """Whether a layer's product may be made before the layer itself is called, or by it for others."""
+    wanted = layer.state.policy.share_inputs
+    on = x.device.type != "cpu" if wanted is None else wanted
+    if not on or torch.are_deterministic_algorithms_enabled():
+        return False
     own = layer.__dict__
     hooked = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     if hooked or torch._C._current_graph_task_id() != -1:
@@ -189,13 +193,9 @@ def _may_share(layer: AdaptedLayer) -> bool:
     return not may_be_checkpointed(layer.training)
 
 
-def _joins(layer: AdaptedLayer, x: Tensor) -> bool:
-    """Whether products are made together; a mask is shared in any case."""
-    wanted = layer.state.policy.share_inputs
-    on = x.device.type != "cpu" if wanted is None else wanted
-    return on and not torch.are_deterministic_algorithms_enabled()
-
-
 def _key(layer: AdaptedLayer, updates: Updates, x: Tensor, p: float | None) -> tuple[Any, ...]:
     """What companions have in common, besides the input itself."""
-    return (id(layer.state), x._version if not x.is_inference() else -1, torch.is_grad_enabled(), updates.dtype, p)
+    version = x._version if not x.is_inference() else -1
+    # a mask that was drawn outside of a checkpointed block would not be there when the block is recomputed
+    around = checkpoint_around(layer.training) if p else 0
+    return id(layer.state), version, torch.is_grad_enabled(), updates.dtype, p, around
