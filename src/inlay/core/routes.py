@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from inlay.kernels.slices import Slices, make_slices
 from inlay.kernels.stacked import Seats, make_seats
@@ -26,19 +28,22 @@ class Routes:
     Attributes:
         names: the adapter of each sample, ``__base__`` for none.
         present: the different names, in alphabetic order, so that batches of the same adapters look alike.
-        rows: (samples,) position in ``present``, on the CPU; traced code must not depend on its values.
         stacks: layer -> factors of its adapters side by side, or how often the layer ran without them.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self.present = tuple(sorted(set(self.names)))
-        position = {name: i for i, name in enumerate(self.present)}
-        self.rows = torch.tensor([position[name] for name in self.names])
         self.stacks: WeakKeyDictionary[Any, Stack | int] = WeakKeyDictionary()
         self._slices: dict[Any, Slices] = {}
         self._seats: dict[Any, Seats] = {}
         self._repeated: Routes | None = None
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Position in ``present`` of each sample, (samples,), on the CPU; traced code must not depend on its values."""
+        position = {name: i for i, name in enumerate(self.present)}
+        return torch.tensor([position[name] for name in self.names])
 
     def of(self, names: tuple[str, ...]) -> Routes:
         """Return the routes of a batch of the same adapters in which every sample stands several times."""
