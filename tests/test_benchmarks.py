@@ -5,7 +5,9 @@ Nothing is timed here.
 
 from __future__ import annotations
 
+import gc
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,14 @@ from benchmarks.table import bound, lines, number
 
 SCRIPTS = catalogue.scripts()
 UNITS = {"x", "s", "B", "rel", ""}
+
+
+@pytest.fixture
+def little_garbage() -> Iterator[None]:
+    """Let the collections before each measurement look only at what the test makes, not at what others left behind."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -97,6 +107,7 @@ def test_ratios_are_taken_within_a_round() -> None:
         timings.figures("inlay / flor")
 
 
+@pytest.mark.usefixtures("little_garbage")
 def test_what_prepares_an_action_runs_once_a_round_and_its_result_is_handed_over() -> None:
     seen: list[int] = []
     made = iter(range(10))
@@ -127,6 +138,7 @@ def test_bytes_kept_for_backward_are_counted_once_a_storage_and_without_paramete
     assert kept_for_backward(lambda: (x @ weight).exp(), [weight]) == 2 * 4 * 8 * 4
 
 
+@pytest.mark.usefixtures("little_garbage")
 def test_allocations_inside_an_operation_are_seen() -> None:
     peak, left = allocated_bytes(lambda: torch.ones(1000).add(1))
     assert left == 4000
