@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from call_counts import calls
 from torch import nn
 
 import inlay
@@ -40,23 +38,6 @@ def wrapped(blocks: int, adapters: int) -> inlay.PeftModel:
     for number in range(1, adapters):
         model.add_adapter(f"a{number}", config())
     return model
-
-
-def calls(action: Callable[[], object]) -> Counter[str]:
-    """Return how often each Python function is called, by the name of its code."""
-    found: Counter[str] = Counter()
-
-    def note(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call":
-            found[frame.f_code.co_qualname if sys.version_info >= (3, 11) else frame.f_code.co_name] += 1
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        action()
-    finally:
-        sys.setprofile(before)
-    return found
 
 
 ACTIONS: dict[str, Callable[[inlay.PeftModel], object]] = {
@@ -92,7 +73,7 @@ def test_injection_is_linear_in_the_number_of_layers(adapters: int) -> None:
         else:
             model = wrapped(blocks, adapters - 1)
             found = calls(lambda model=model: model.add_adapter("new", config()))  # type: ignore[misc]
-        counted[blocks] = sum(found.values())
+        counted[blocks] = found.total()
     assert counted[16] - counted[8] == 2 * (counted[8] - counted[4])
 
 
@@ -108,7 +89,7 @@ def test_a_failed_injection_is_undone_in_linear_time() -> None:
             with pytest.raises(RuntimeError, match="too late"):
                 operate.add(tower, config(), "a", policy=INLAY, then=fail)
 
-        counted[blocks] = sum(calls(act).values())
+        counted[blocks] = calls(act).total()
         assert not any(hasattr(module, "base_layer") for module in tower.modules())
     assert counted[16] - counted[8] == 2 * (counted[8] - counted[4])
 
