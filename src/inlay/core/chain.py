@@ -46,12 +46,14 @@ class ChainHolder(LayerSurface):
             entry.compiled = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bank": None}  # a copy has places of its own, or none
+        # a copy has places of its own, or none, and resolves what runs for itself
+        return {**self.__dict__, "_bank": None, "_ready": (-1, False, None), "_ready_by_name": (-1, {})}
 
     def _forget_chain(self) -> None:
         own = self.__dict__
         own["_chain"] = (-1, ())
         own["_ready"] = (-1, False, None)  # (version, training, the short way without gradient)
+        own["_ready_by_name"] = (-1, {})  # the same for each adapter on its own
         own["_fused"] = (-1, {})  # chain -> why it is not fused, or None
 
     def check_active(self, names: Iterable[str]) -> None:
@@ -60,8 +62,11 @@ class ChainHolder(LayerSurface):
         Raises:
             UnsupportedError: names the two and says why.
         """
+        names, merged = tuple(names), self.__dict__["_merged"]
+        if len(names) == 1 and not merged and len(self.__dict__["entries"].get(names[0], ())) < 2:
+            return
         below: list[Entry] = []
-        for name in dict.fromkeys((*self._merged, *names)):
+        for name in dict.fromkeys((*merged, *names)):
             for entry in self.entries.get(name, ()):
                 for other in below:
                     reason = entry.method.conflict(entry.site, other.method)

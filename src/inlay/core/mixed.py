@@ -17,6 +17,7 @@ from inlay.core.call import Call
 from inlay.core.fused import active_dropout, fused_dtype, input_reason, own_product
 from inlay.core.method import Method, P
 from inlay.core.mixed_graph import trace_together
+from inlay.core.ready_mixed import run_ready
 from inlay.core.state import BASE
 from inlay.errors import RoutingError
 from inlay.kernels.grouped import Updates, add_updates
@@ -55,6 +56,11 @@ def run_routed(layer: AdaptedLayer, call: Call, args: tuple[Any, ...], kwargs: d
     if len(here) == len(present) == 1:
         return layer._run_named(here[0], args, kwargs)
     x = args[0] if args else next(iter(kwargs.values()))
+    short = call.routes is not None and len(args) == 1 and not kwargs and call.expand == 1
+    if short and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        y = run_ready(layer, call.routes, x)  # type: ignore[arg-type]
+        if y is not None:
+            return y
     names = call.names_for(x)
     y = None
     if call.routes is not None:

@@ -75,6 +75,30 @@ class Ready:
 
     def run(self, x: Tensor) -> Tensor | None:
         """Return the layer's output without gradient; None where the ordinary way has to be taken."""
+        if open_calls.calls:
+            return None
+        found = self.product(x)
+        if found is None:
+            return None
+        weight, bias = found
+        if self.down is None:
+            return _linear(x, weight, bias)
+        factors = self.factors(x)
+        if factors is None:
+            return None
+        down, up = factors
+        axes = x.dim()
+        if axes == 3 and x.shape[0] == 1:  # one token: to bring it into two axes and back costs as much as the update
+            return _linear(x, weight, bias).baddbmm_(_linear(x, down), up.unsqueeze(0), alpha=self.scale)
+        if axes == 2:
+            return _linear(x, weight, bias).addmm_(_linear(x, down), up, alpha=self.scale)
+        rows = x.reshape(-1, self.channels)
+        y = _linear(rows, weight, bias)
+        y.addmm_(_linear(rows, down), up, alpha=self.scale)
+        return y.view(*x.shape[:-1], self.out)
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Return weight and bias if the base layer is nothing but their product with ``x``, and nobody looks on."""
         base, layer = self.base, self.layer
         own = base.__dict__
         found = self.plain(base)
@@ -89,7 +113,6 @@ class Ready:
             or "forward" in layer
             or module_calls._global_forward_hooks
             or module_calls._global_forward_pre_hooks
-            or open_calls.calls
             or not fast_paths.on
             or forward_ad._current_level >= 0
             or torch._C._are_functorch_transforms_active()
@@ -97,20 +120,19 @@ class Ready:
             or torch._C._get_tracing_state()
         ):
             return None
-        weight, bias = found
+        weight = found[0]
         cls = type(weight)
         if type(x) is not Tensor or (cls is not nn.Parameter and cls is not Tensor):
             return None
-        dtype = x.dtype
-        if dtype is not weight.dtype:
-            return None
-        if self.down is None:
-            return _linear(x, weight, bias)
+        return found if x.dtype is weight.dtype else None
+
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return A (r, in) and the transposed B (r, out) in the dtype of ``x``; None if they are not plain now."""
         if x.layout is not torch.strided or x.is_nested:
             return None
         A = self.down[self.name]._parameters.get("weight")
         B = self.up[self.name]._parameters.get("weight")
-        held = self.source
+        held, dtype = self.source, x.dtype
         if (
             A is not held[0]
             or B is not held[1]
@@ -124,15 +146,7 @@ class Ready:
         down, up = self.views
         if down.dtype is not dtype:
             down, up = down.to(dtype), up.to(dtype)  # anew each time, since nothing tells of writes through ``.data``
-        axes = x.dim()
-        if axes == 3 and x.shape[0] == 1:  # one token: to bring it into two axes and back costs as much as the update
-            return _linear(x, weight, bias).baddbmm_(_linear(x, down), up.unsqueeze(0), alpha=self.scale)
-        if axes == 2:
-            return _linear(x, weight, bias).addmm_(_linear(x, down), up, alpha=self.scale)
-        rows = x.reshape(-1, self.channels)
-        y = _linear(rows, weight, bias)
-        y.addmm_(_linear(rows, down), up, alpha=self.scale)
-        return y.view(*x.shape[:-1], self.out)
+        return down, up
 
     def _refresh(self, A: Any, B: Any, x: Tensor) -> bool:
         """Make views of other tensors; False where they are not plain, or products are not to run in x's dtype."""

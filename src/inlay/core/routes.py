@@ -45,6 +45,21 @@ class Routes:
         position = {name: i for i, name in enumerate(self.present)}
         return torch.tensor([position[name] for name in self.names])
 
+    @cached_property
+    def sorted(self) -> tuple[list[tuple[str, int, int]], Tensor | None, Tensor | None]:
+        """(adapter, its first sample, the one behind its last) in the sorted batch; the order that sorts it, and the
+        one that undoes it, both on the CPU, None where it is sorted as it comes."""
+        order = sorted(range(len(self.names)), key=self.names.__getitem__)
+        groups, end = [], 0
+        for name in self.present:
+            start, end = end, end + self.names.count(name)
+            groups.append((name, start, end))
+        if order == list(range(len(order))):
+            return groups, None, None
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        both = torch.tensor([order, inverse])
+        return groups, both[0], both[1]
+
     def of(self, names: tuple[str, ...]) -> Routes:
         """Return the routes of a batch of the same adapters in which every sample stands several times."""
         if len(names) == len(self.names):  # traced code must not compare names, which would become constants of it
