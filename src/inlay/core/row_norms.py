@@ -52,6 +52,8 @@ def _short(weight: Tensor, delta: LowRank) -> bool:
     number = isinstance(delta.scale, (int, float))
     if not plain or not number or delta.groups != 1 or torch.compiler.is_compiling():
         return False
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # a graph of launches cannot ask whether digits were lost
     return not weight.is_meta and not torch._C._are_functorch_transforms_active()  # these know no values to look at
 
 

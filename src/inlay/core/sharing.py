@@ -175,6 +175,8 @@ def _one_probability(layer: AdaptedLayer, updates: Updates) -> float | None:
     first = updates.drops[0]
     if all(drop is None for drop in updates.drops):
         return 0.0
+    if updates.deltas[0].A.device.type not in ("cpu", "cuda", "meta"):
+        return None  # not every device draws whole words, or from a generator of its own
     if not layer.state.policy.own_dropout or type(first) is not nn.Dropout or not 0.0 < first.p < 1.0:
         return None
     return first.p if all(type(drop) is nn.Dropout and drop.p == first.p for drop in updates.drops) else None
