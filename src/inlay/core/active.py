@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from torch import nn
 
 from inlay.core.entry import find_tensor
+from inlay.core.gradients import train_everywhere
 from inlay.core.state import State
 from inlay.errors import StateError, TargetError, UnsupportedError
 
-__all__ = ["adapter_parameters", "set_active", "set_trainable", "switched_back", "the_one"]
+__all__ = ["adapter_parameters", "set_active", "set_trainable", "switch_training", "switched_back", "the_one"]
 
 
 def _parameters(state: State, names: Iterable[str]) -> Iterator[tuple[nn.Parameter, bool]]:
@@ -38,18 +39,21 @@ def adapter_parameters(state: State, names: Iterable[str]) -> list[nn.Parameter]
 
 def set_trainable(state: State, names: Iterable[str], trainable: bool = True) -> None:
     """Switch gradients of adapters on or off; slots that never train stay off."""
-    names = list(names)
-    for name in names:
+    switch_training(state, () if trainable else names, names if trainable else ())
+
+
+def switch_training(state: State, off: Iterable[str], on: Iterable[str]) -> None:
+    """Switch gradients of some adapters off, and then those of others on; slots that never train stay off."""
+    wanted = [*((name, False) for name in off), *((name, True) for name in on)]
+    for name, _ in wanted:
         state.record(name)
-    if not names:
-        return
-    (state.training.update if trainable else state.training.difference_update)(names)
-    for layer in state.layers():
-        for name in names:
-            layer.train_adapter(name, trainable)
-    for parameter, may_train in _shared(state, names):
-        if may_train and parameter.is_floating_point():
-            parameter.requires_grad_(trainable)
+    for name, trainable in wanted:
+        (state.training.add if trainable else state.training.discard)(name)
+    for name, trainable in wanted:
+        train_everywhere(state, name, trainable)
+        for parameter, may_train in _shared(state, (name,)):
+            if may_train and parameter.is_floating_point():
+                parameter.requires_grad_(trainable)
 
 
 @contextmanager
@@ -90,8 +94,8 @@ def set_active(state: State, names: Iterable[str], trainable: bool | None = None
             layer.follow()
     state.touch()
     if trainable is not None:
-        set_trainable(state, state.training_beside(wanted), False)
-        set_trainable(state, wanted, trainable)
+        others = state.training_beside(wanted)
+        switch_training(state, others if trainable else [*others, *wanted], wanted if trainable else ())
 
 
 def the_one(asked: str | list[str], there: Container[str], only: str) -> str | None:

@@ -149,12 +149,18 @@ class Entry:
     def train(self, layer: nn.Module, trainable: bool) -> None:
         """Switch gradients at ``layer`` on or off; what never trains stays off."""
         home = self.home if self.home is not None else layer
+        name = self.name
         for _, containers, leaf in self.trained:
-            tensor = find_tensor(home, self.name, containers, leaf)
-            if tensor.requires_grad is trainable or not isinstance(tensor, nn.Parameter):
-                continue
-            if tensor.is_floating_point():
-                tensor.requires_grad_(trainable)
+            holder: Any = home  # what find_tensor does, without its calls: a model has thousands of tensors to switch
+            for part in containers:
+                holder = holder._modules[part]
+            tensor = holder._modules[name]._parameters.get(leaf) if leaf else holder._parameters.get(name)
+            if tensor is None:
+                tensor = find_tensor(home, name, containers, leaf)
+                if not isinstance(tensor, nn.Parameter):
+                    continue
+            if tensor.requires_grad is not trainable and tensor.is_floating_point():
+                tensor.requires_grad = trainable
 
 
 def find_tensor(home: nn.Module, adapter: str, containers: tuple[str, ...], leaf: str) -> Tensor:

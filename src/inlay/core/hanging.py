@@ -79,12 +79,23 @@ def container(layer: nn.Module, path: tuple[str, ...], cls: type[nn.Module]) -> 
 
 def dismount(layer: EntryHolder, adapter: str) -> None:
     """Drop everything that an adapter has at a layer; containers that end empty go too."""
+    below = layer._modules
+    record = layer.state.records.get(adapter)
+    if record is not None:
+        record.tensors = None  # which would keep them alive
     for entry in layer.entries.pop(adapter, ()):
-        paths = [containers for _, containers, _ in entry.places]
+        for _, path, leaf in entry.places:
+            if leaf and len(path) == 1:  # the usual case, with few calls: a model has thousands of places
+                holder = below.get(path[0])
+                if holder is not None:
+                    held = holder._modules
+                    held.pop(adapter, None)
+                    if not held:
+                        _drop(layer, path, adapter)
+            else:
+                _drop(layer, path, adapter)
         if entry.method.dropout_field is not None:
-            paths.append((entry.method.dropout_field,))
-        for path in paths:
-            _drop(layer, path, adapter)
+            _drop(layer, (entry.method.dropout_field,), adapter)
 
 
 def _drop(layer: nn.Module, path: tuple[str, ...], adapter: str) -> None:

@@ -16,6 +16,7 @@ from inlay.errors import AdapterNameError, StateError, UnknownAdapterError, did_
 if TYPE_CHECKING:
     from inlay.core.fixed import FixedSlots
     from inlay.core.follow import Follower
+    from inlay.core.gradients import Tensors
     from inlay.core.method import Method
     from inlay.core.replicate import Replication
     from inlay.core.slot import Slot
@@ -42,6 +43,7 @@ class Record:
         translation: what turns the adapter's tensors into those of a checkpoint and back, where that is not left to
             slots; see ``checkpoint.translation``.
         slot: it is a place for registered adapters; see ``inlay.residency``.
+        tensors: where its gradients are switched, once that was looked up; see ``core.gradients``.
     """
 
     config: Any
@@ -53,6 +55,10 @@ class Record:
     saved: dict[str, Any] = field(default_factory=dict)
     translation: Any = None
     slot: bool = False
+    tensors: Tensors | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "tensors": None}
 
 
 class Residency(Protocol):
@@ -81,6 +87,7 @@ class State:
         training: adapters whose gradients may be on; the others are not looked at when adapters are switched. Who
             switches gradients on by hand, and not by adapter, is left alone.
         residency: knows adapters that are registered and not in the model, if there are any.
+        roster: grows with every layer that comes or goes.
         fixed: places that compiled code has the active adapters in, where the model was prepared for that.
     """
 
@@ -96,6 +103,7 @@ class State:
     training: set[str] = field(default_factory=set)
     residency: Residency | None = field(default=None, repr=False)
     fixed: FixedSlots | None = field(default=None, repr=False)
+    roster: int = field(default=0, repr=False)
     _layers: dict[int, weakref.ref[Any]] = field(default_factory=dict, repr=False)
     _apart: dict[int, weakref.ref[Any]] = field(default_factory=dict, repr=False)
     _holder: weakref.ref[nn.Module] | None = field(default=None, repr=False)
@@ -141,12 +149,14 @@ class State:
 
     def enter(self, layer: Follower) -> None:
         """Add an adapted layer (layers do this themselves)."""
+        self.roster += 1
         self._layers.pop(id(layer), None)  # of one that is gone, whose address this one has
         self._layers[id(layer)] = weakref.ref(layer)
         self.set_apart(layer)
 
     def leave(self, layer: Follower) -> None:
         """Forget an adapted layer that was taken out of the model."""
+        self.roster += 1
         self._layers.pop(id(layer), None)
         self._apart.pop(id(layer), None)
 

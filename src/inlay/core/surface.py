@@ -207,7 +207,7 @@ class LayerSurface(EntryHolder):
             self.set_requires_grad(names)
 
     def train_adapter(self, adapter: str, trainable: bool) -> None:
-        for entry in self.entries.get(adapter, ()):
+        for entry in self.__dict__["entries"].get(adapter, ()):
             entry.train(self, trainable)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from inlay.core.active import set_active, set_trainable, switched_back
+from inlay.core.active import set_active, set_trainable, switch_training, switched_back
 from inlay.core.eject import delete, eject, refuse_shells
 from inlay.core.inject import inject
 from inlay.core.merge import merge, unmerge
@@ -166,8 +166,8 @@ def _activate(state: State, wanted: list[str], inference_mode: bool) -> None:
         return
     keeps = state.policy.keep_frozen
     frozen = {name for name in wanted if inference_mode or (keeps and state.records[name].frozen)}
-    set_trainable(state, [*state.training_beside(wanted), *frozen], False)
-    set_trainable(state, [name for name in wanted if name not in frozen], True)
+    on = [name for name in wanted if name not in frozen]
+    switch_training(state, [*state.training_beside(wanted), *frozen], on)
 
 
 def remove(root: nn.Module, state: State, name: str) -> None:
