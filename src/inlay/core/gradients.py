@@ -8,6 +8,7 @@ and goes when the adapter is taken off any layer.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Tensors", "train_everywhere"]
 
-# (modules of a container, name of one, that module, parameters of it, name of one)
-Place = tuple[dict[str, Any], str, Any, dict[str, Any], str]
+# (modules of one, name of another among them, that one), for each module on the way to a tensor
+Link = tuple[dict[str, Any], str, nn.Module]
+# (parameters of a module, name of one)
+Place = tuple[dict[str, Any], str]
 
 
 class Tensors:
@@ -28,7 +31,7 @@ class Tensors:
 
     Attributes:
         roster: the state's count of comings and goings of layers.
-        layers: (entries of a layer by adapter, the adapter's, places of their tensors).
+        layers: (entries of a layer by adapter, the adapter's, the way to their tensors, places of them).
         others: followers that switch gradients in a way of their own.
     """
 
@@ -36,7 +39,7 @@ class Tensors:
 
     def __init__(self, state: State, name: str) -> None:
         self.roster = state.roster
-        self.layers: list[tuple[dict[str, Any], Any, list[Place]]] = []
+        self.layers: list[tuple[dict[str, Any], Any, list[Link], list[Place]]] = []
         self.others: list[weakref.ref[Any]] = []
         for layer in state.layers():
             if getattr(type(layer), "train_adapter", None) is not LayerSurface.train_adapter:
@@ -44,17 +47,19 @@ class Tensors:
                 continue
             held = layer.entries.get(name)
             if held is not None:
-                found = (place for entry in held for place in _places(entry, layer))
-                self.layers.append((layer.entries, held, list(found)))
+                links: dict[tuple[int, str], Link] = {}
+                places = [place for entry in held for place in _places(entry, layer, links)]
+                self.layers.append((layer.entries, held, list(links.values()), places))
 
     def train(self, name: str, trainable: bool) -> bool:
         """Switch the gradients; False if something is not where it was, and not all of them are switched."""
-        for entries, held, places in self.layers:
+        for entries, held, links, places in self.layers:
             if entries.get(name) is not held:
                 return False
-            for modules, key, owner, parameters, leaf in places:
-                if modules.get(key) is not owner:
+            for modules, key, module in links:
+                if modules.get(key) is not module:
                     return False
+            for parameters, leaf in places:
                 tensor = parameters.get(leaf)
                 if tensor is not None and tensor.requires_grad is not trainable and tensor.is_floating_point():
                     tensor.requires_grad = trainable
@@ -65,19 +70,15 @@ class Tensors:
         return True
 
 
-def _places(entry: Any, layer: nn.Module) -> list[Place]:
-    found: list[Place] = []
+def _places(entry: Any, layer: nn.Module, links: dict[tuple[int, str], Link]) -> Iterator[Place]:
+    """Iterate over the places of an entry's tensors that may train; adds what is on the way to ``links``."""
     for _, containers, leaf in entry.trained:
-        above: Any = None
-        holder: Any = entry.home if entry.home is not None else layer
-        for part in containers:
-            above, holder = holder, holder._modules[part]
-        if leaf:
-            owner = holder._modules[entry.name]
-            found.append((holder._modules, entry.name, owner, owner._parameters, leaf))
-        else:
-            found.append((above._modules, containers[-1], holder, holder._parameters, entry.name))
-    return found
+        module: Any = entry.home if entry.home is not None else layer
+        for part in (*containers, entry.name) if leaf else containers:
+            modules = module._modules
+            module = modules[part]
+            links[id(modules), part] = (modules, part, module)
+        yield module._parameters, leaf or entry.name
 
 
 def train_everywhere(state: State, name: str, trainable: bool) -> None:
