@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from inlay.core.affine import Affine
 from inlay.core.bare import bare
 from inlay.core.build import build, build_shared
+from inlay.core.collect import uncollected
 from inlay.core.dtype import merge_dtype
 from inlay.core.eject import restore_grad
 from inlay.core.entry import Entry
@@ -34,6 +35,7 @@ __all__ = ["freeze", "inject", "mount", "occupy", "prepare"]
 Undo = Callable[[], object]
 
 
+@uncollected
 def inject(
     plan: Plan,
     *,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from inlay.core.active import set_active, set_trainable, switch_training, switched_back
+from inlay.core.collect import uncollected
 from inlay.core.eject import delete, eject, refuse_shells
 from inlay.core.inject import inject
 from inlay.core.merge import merge, unmerge
@@ -24,6 +25,7 @@ from inlay.models.root import mark, unmark
 __all__ = ["activate", "add", "apply", "listed", "merge_into", "remove", "set_enabled", "take_out", "unmerge_all"]
 
 
+@uncollected
 def add(
     root: nn.Module,
     config: Any,
