@@ -28,22 +28,20 @@ class Routes:
     Attributes:
         names: the adapter of each sample, ``__base__`` for none.
         present: the different names, in alphabetic order, so that batches of the same adapters look alike.
+        rows: (samples,) position in ``present``, on the CPU; traced code must not depend on its values. Plain, since
+            older dynamo cannot trace the lock of a cached property.
         stacks: layer -> factors of its adapters side by side, or how often the layer ran without them.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self.present = tuple(sorted(set(self.names)))
+        position = {name: i for i, name in enumerate(self.present)}
+        self.rows = torch.tensor([position[name] for name in self.names])
         self.stacks: WeakKeyDictionary[Any, Stack | int] = WeakKeyDictionary()
         self._slices: dict[Any, Slices] = {}
         self._seats: dict[Any, Seats] = {}
         self._repeated: Routes | None = None
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """Position in ``present`` of each sample, (samples,), on the CPU; traced code must not depend on its values."""
-        position = {name: i for i, name in enumerate(self.present)}
-        return torch.tensor([position[name] for name in self.names])
 
     @cached_property
     def sorted(self) -> tuple[list[tuple[str, int, int]], Tensor | None, Tensor | None]:
