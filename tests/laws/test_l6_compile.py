@@ -11,8 +11,10 @@ from cells import ALL_CELLS, Cell
 from subject import Subject, assert_same_outcome, outcome
 from torch import Tensor
 
+from inlay.core import inner
 from inlay.core.affine import Delta, LowRank
-from inlay.kernels.table import FAST
+from inlay.kernels.switch import without_fast_paths
+from inlay.kernels.table import FAST, sum_of
 
 SLOW = True
 STORAGES = ("plain_fp32",)
@@ -42,8 +44,14 @@ def fast_cell(path: tuple[str, type[Delta]]) -> Cell:
         taken.append(path[0])
         return function(*args)
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    def sum_spy(*args: Any) -> Tensor:
+        taken.append(path[0])
+        return sum_of(*args)
+
+    with pytest.MonkeyPatch.context() as monkeypatch, without_fast_paths():  # compiled code takes no fused path
         monkeypatch.setitem(FAST, path, spy)
+        if path == ("linear", LowRank):
+            monkeypatch.setattr(inner, "sum_of", sum_spy)
         for cell in cells.every_cell(STORAGES):
             if cell.kind.startswith(path[0]):
                 subject = Subject(cell)

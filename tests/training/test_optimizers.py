@@ -124,7 +124,8 @@ def test_riemannian(cls, fields, reg):
 
 
 def test_riemannian_in_half_precision():
-    pairs = [model.to(torch.bfloat16) for model in twins()]
+    mine, _ = twins()  # one model for both, because the two libraries round its products in other places
+    pairs = [mine.to(torch.bfloat16), copy.deepcopy(mine)]
     for module, model in zip((ours, theirs), pairs, strict=True):
         train(model, module.create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-2))
     found, expected = (dict(model.named_parameters()) for model in pairs)
