@@ -95,10 +95,15 @@ def decoding(name: str, what: str, layers: int, hidden: int, inner: int, merge: 
     )(decode)
 
 
-launch_bound = decoding("decode, launch-bound", "not merged", 8, 256, 704, False, at_most(1.20, 1.10))
+HOST = (
+    "An update is two small products, 9 and 7 microseconds at this size, beside a base call of 24; they leave little "
+    "for the host, and the spread of the measurement is larger than what is missing."
+)
+NOISE = "Less than one Python call is added a layer; the spread is larger than what is missing."
+launch_bound = decoding("decode, launch-bound", "not merged", 8, 256, 704, False, at_most(1.20, 1.10, reason=HOST))
 wide = decoding("decode, hidden 1024", "not merged", 2, 1024, 2816, False, at_most(None))
 # A call of nn.Module is three of Python's; the base layer's own are in the floor.
-merged_target = (at_most(1.02), at_most(None, 3, of="Python calls added a layer, inlay"))
+merged_target = (at_most(1.02, reason=NOISE), at_most(None, 3, of="Python calls added a layer, inlay"))
 merged_launch_bound = decoding(
     "decode, merged but wrapped, launch-bound", "merged, still wrapped", 8, 256, 704, True, *merged_target
 )

@@ -82,10 +82,11 @@ def bytes_row(dtype: str, rank: int, dropout: float, *targets: Any) -> Any:
     )(kept)
 
 
+BYTES = "A mask keeps a byte an element, because unpacking bits costs a CPU more than the products that they are for."
 bf16 = bytes_row("bfloat16", 16, 0.0, at_least(3.5), at_most(None, 1.0, of="inlay / least"))
-bf16_dropout = bytes_row("bfloat16", 16, 0.1, at_least(3.5), at_most(None, 1.0, of="inlay / least"))
+bf16_dropout = bytes_row("bfloat16", 16, 0.1, at_least(3.5), at_most(None, 1.0, of="inlay / least", reason=BYTES))
 fp32 = bytes_row("float32", 8, 0.0, at_most(None, 1.0, of="inlay / least"))
-fp32_dropout = bytes_row("float32", 8, 0.1, at_most(None, 1.0, of="inlay / least"))
+fp32_dropout = bytes_row("float32", 8, 0.1, at_most(None, 1.0, of="inlay / least", reason=BYTES))
 
 if __name__ == "__main__":
     standalone(__spec__.name)

@@ -30,12 +30,19 @@ def timed(library: Any, model: Any, adapters: int, rounds: int) -> tuple[float, 
     return min(switches), min(deletions)
 
 
+EVERY_LAYER = (
+    "A switch still looks at every layer for adapters of its own, and sets requires_grad of each parameter that "
+    "changes sides: about 8 microseconds a layer; the time does not depend on the number of adapters."
+)
+FREEING = "Three modules and two tensors a layer are taken out and freed, which is most of the time."
+
+
 @row(
     "set_adapter and delete_adapter, 20 adapters",
     what="LoRA r16 on 224 modules (32 layers), 20 adapters: switching between two, and deleting an inactive one",
     targets=(
-        at_least(100, of="peft set_adapter / inlay"),
-        at_least(50, of="peft delete_adapter / inlay"),
+        at_least(100, of="peft set_adapter / inlay", reason=EVERY_LAYER),
+        at_least(50, of="peft delete_adapter / inlay", reason=FREEING),
     ),
     full={"layers": 32, "adapters": 20, "rounds": 5},
     quick={"layers": 4, "adapters": 20, "rounds": 2},
