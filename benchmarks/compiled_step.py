@@ -51,7 +51,7 @@ def compiled_step(
     )
 
 
-def lora(dtype: str, rank: int, **quick: Any):  # type: ignore[no-untyped-def]
+def lora(dtype: str, rank: int, **quick: Any) -> Any:
     return row(
         f"compiled LoRA step {dtype} r{rank}, p = 0",
         what="forward and backward of a Llama layer under torch.compile, LoRA on its 7 linear layers, 512 tokens; "

@@ -96,7 +96,7 @@ def step(
     return figures
 
 
-def lora(name: str, dtype: str, *targets: Target, dropout: float = 0.0, adapters: int = 1, banks: Any = BANKS):  # type: ignore[no-untyped-def]
+def lora(name: str, dtype: str, *targets: Target, dropout: float = 0.0, adapters: int = 1, banks: Any = BANKS) -> Any:
     return row(
         f"expert bank {dtype} r16, {name}",
         what=f"{WHAT}; LoRA on {' and '.join(banks)}",

@@ -64,7 +64,7 @@ def eighty_layers(run: Run, layers: int, rounds: int) -> Figures:
     return figures
 
 
-def on_meta(size: str, low: bool):  # type: ignore[no-untyped-def]
+def on_meta(size: str, low: bool) -> Any:
     @row(
         f"inject, {size} on meta{', low_cpu_mem_usage' if low else ''}",
         what=f"get_peft_model with LoRA r16 on every linear layer of a Llama of {size} on the meta device",

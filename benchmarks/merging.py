@@ -29,7 +29,7 @@ def layer(size: int, dtype: torch.dtype) -> nn.Module:
 def adapted(library: Any, model: nn.Module) -> Any:
     """The model with an adapter; its weight is written, so that nothing known of it is worth anything."""
     with torch.no_grad():
-        model[0].weight.mul_(1.0)  # type: ignore[index, union-attr, operator]
+        model[0].weight.mul_(1.0)
     wrapped = library.get_peft_model(model, library.LoraConfig(r=RANK, target_modules=["0"]))
     give_values(wrapped)
     return wrapped
@@ -41,7 +41,7 @@ def unloading(library: Any, model: nn.Module) -> tuple[Callable[[], Any], Callab
 
 def keeping(library: Any, model: nn.Module) -> tuple[Callable[[], Any], Callable[[Any], object]]:
     def prepare() -> Any:
-        if hasattr(model[0], "unmerge"):  # type: ignore[index]
+        if hasattr(model[0], "unmerge"):
             wrapped = model.__dict__.pop("wrapped")
             wrapped.unmerge_adapter()
             wrapped.unload()
@@ -128,7 +128,7 @@ def bf16_copy(run: Run, size: int, rounds: int) -> Figures:
 def drift(library: Any, size: int, cycles: int) -> tuple[float, float, Tensor]:
     """Largest error of the merged weight against float64, and after cycles of merging and unmerging."""
     model = layer(size, torch.bfloat16)
-    before = model[0].weight.detach().clone()  # type: ignore[index, union-attr, operator]
+    before = model[0].weight.detach().clone()
     wrapped = adapted(library, model)
     place = wrapped.base_model.model[0]
     A, B = (getattr(place, name)["default"].weight.detach().double() for name in ("lora_A", "lora_B"))

@@ -80,7 +80,7 @@ def mixed(run: Run, width: int, tokens: int, adapters: int, rounds: int, repeat:
 
     def floors() -> None:
         for _ in range(16):
-            actions["floor"]()  # type: ignore[operator]
+            actions["floor"]()
 
     generation = run.alternate({"floor": floors, "inlay": once}, max(rounds // 2, 2), max(repeat // 16, 1))
     figures["inlay / floor, 16 forwards of one choice"] = generation.over("inlay", "floor")

@@ -25,6 +25,7 @@ def import_everything(run: Run, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # loaded before a row's process is forked, so that no row pays for it
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     for library in run.libraries().values():

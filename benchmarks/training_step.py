@@ -7,6 +7,8 @@ adapters are bf16. Without dropout the exact values are those of the layer with 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from benchmarks.block import Block, errors, exact, gradients
@@ -55,7 +57,7 @@ def compared(found: dict[str, tuple[float, float]]) -> Figures:
     return figures
 
 
-def lora(dtype: str, rank: int, dropout: float, *targets: Target):  # type: ignore[no-untyped-def]
+def lora(dtype: str, rank: int, dropout: float, *targets: Target) -> Any:
     return row(
         f"LoRA step {dtype} r{rank}, p = {dropout:g}",
         what=WHAT,

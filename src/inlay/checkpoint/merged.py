@@ -155,6 +155,7 @@ class Change:
     def held(self) -> Tensor:
         """The tensor as the model has it."""
         held = self.module._parameters.get(self.attribute)
+        # a buffer may be None in general; this one's name was read from the module's tensors
         return self.module._buffers[self.attribute] if held is None else held  # type: ignore[return-value]
 
 

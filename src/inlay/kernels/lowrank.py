@@ -227,8 +227,8 @@ class _Expand(torch.autograd.Function):
         weight, gain, before, *tensors = ctx.saved_tensors
         if gain is not None and torch.is_grad_enabled():
             raise UnsupportedError(
-                "a layer whose rows are scaled (DoRA) was asked for gradients of gradients, which its fast path does "
-                "not keep what it needs for; run the forward under inlay.without_fast_paths()"
+                "a layer whose rows are scaled (DoRA) was asked for gradients of gradients, and its fast path does "
+                "not keep what those need; run the forward under inlay.without_fast_paths()"
             )
         counts, needs = ctx.counts, ctx.needs_input_grad
         narrow, flat = tensors[: len(counts)], tensors[len(counts) :]
