@@ -1,7 +1,7 @@
 """Every law runs over every cell of this file: a method, a layer kind and a storage.
 
-A new method, kind or storage is one line in ``METHODS``, ``KINDS`` or ``STORAGES``. Which cells work is found by
-planning; those that are refused, and those that cannot be merged, must be exactly the ones listed in ``REFUSED`` and
+A new method, kind or storage is one line in ``METHODS``, ``KINDS`` or ``STORAGES``. Those that are
+refused when planning, and those that cannot be merged, must be exactly the ones listed in ``REFUSED`` and
 ``UNMERGEABLE``, so that nothing starts or stops to work in silence.
 """
 
@@ -225,10 +225,7 @@ class Cell:
     @property
     def companion(self) -> str:
         """A method for a second adapter of the same layers: one that can be merged and of another family, if any is."""
-        others = [m for m in METHODS if m not in (self.method, *TRAINS_BASE) and works(m, self.kind)]
-        own = family(self.method)
-        rank = {m: (listed(UNMERGEABLE, m, self.kind) is not None, family(m) == own) for m in others}
-        return min(others, key=rank.__getitem__, default=self.method)
+        return companion(self.method, self.kind)
 
     def config(self, method: str | None = None, layers: tuple[str, ...] = ("first", "last")) -> Any:
         """The config of the cell's method, or of another one, for some of the layers."""
@@ -285,8 +282,19 @@ def refusal(method: str, kind: str) -> str | None:
     return None
 
 
+@functools.cache
 def works(method: str, kind: str) -> bool:
-    return refusal(method, kind) is None
+    """Whether planning takes a method on a kind, by the table; the tests of the cells hold the table to it."""
+    return listed(REFUSED, method, kind) is None
+
+
+@functools.cache
+def companion(method: str, kind: str) -> str:
+    """Return a method for a second adapter of a layer; see :attr:`Cell.companion`."""
+    others = [m for m in METHODS if m not in (method, *TRAINS_BASE) and works(m, kind)]
+    own = family(method)
+    rank = {m: (listed(UNMERGEABLE, m, kind) is not None, family(m) == own) for m in others}
+    return min(others, key=rank.__getitem__, default=method)
 
 
 def every_cell(storages: Iterable[str] = STORAGES) -> Iterator[Cell]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import zlib
+
 import cells
 import pytest
 from cell_cover import family_cover, pair_cover
+
+# A test meets every one in so many pairs of method and kind; together the tests of all laws meet each of them several
+# times. The tests marked ``every_pair`` meet all by themselves.
+SHARE = 6
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A law's module says ``STORAGES`` (which it runs over) and ``SLOW = True`` (a cover by family is enough)."""
     if "cell" not in metafunc.fixturenames:
         return
-    module = metafunc.module
-    storages = getattr(module, "STORAGES", tuple(cells.STORAGES))
-    start = int(module.__name__.split("_")[1].lstrip("l"))
+    storages = getattr(metafunc.module, "STORAGES", tuple(cells.STORAGES))
+    start = zlib.crc32(metafunc.function.__name__.encode())
     if cells.ALL_CELLS:
         chosen = list(cells.every_cell(storages))
-    elif getattr(module, "SLOW", False):
+    elif getattr(metafunc.module, "SLOW", False):
         chosen = family_cover(storages, start)
     else:
-        chosen = pair_cover(storages, start)
+        whole = metafunc.definition.get_closest_marker("every_pair") is not None
+        chosen = pair_cover(storages, start, share=1 if whole else SHARE)
     metafunc.parametrize("cell", chosen, ids=str)

@@ -10,6 +10,7 @@ from cells import Cell
 from subject import Subject, assert_close, written
 
 
+@pytest.mark.every_pair
 def test_forward_is_the_layer_with_rewritten_weights(cell: Cell) -> None:
     if cell.unmergeable:
         pytest.skip(cell.unmergeable)
