@@ -185,8 +185,7 @@ def mount(
     entry = Entry(adapter, placement.method, placement.site, placement.slots.roles, dict(placement.options))
     if placement.layout is not None:
         entry.mesh = placement.layout.mesh
-    if placement.method is plan.method:
-        entry.shared = tuple((role, *slot.place) for role, slot in plan.shared.items())
+    entry.shared = tuple((role, *slot.place) for role, slot in placement.shared.items())
     layer.entries[adapter] = (*layer.entries.get(adapter, ()), entry)
     undo.append(lambda: dismount(layer, adapter))
     field = placement.method.dropout_field

@@ -68,8 +68,10 @@ class Method:
         prefix: what its slot names start with (``lora_``).
         dropout_field: the config field that holds the dropout probability on the layer's input, if there is one.
         mergeable: False where the update depends on the data.
+        samples: ``forward`` draws noise in training, which no weight can stand for; a merge writes its mean.
         mixed: whether PEFT lets the method take part in a mixed model.
         ties: layers that share the weight of an adapted embedding are adapted with it, without being asked.
+        detaches: something is held constant in backward on purpose, so that finite differences see another slope.
         scales_rows: ``forward`` is nothing but ``inner.plus`` with a gain (DoRA), which has a fast path over the base.
         unread: options that the mathematics does not read; compiled code must not depend on their values.
         shown: config fields that can be read on a layer by adapter name (``layer.use_dora["default"]``).
@@ -81,8 +83,10 @@ class Method:
     prefix: ClassVar[str]
     dropout_field: ClassVar[str | None] = None
     mergeable: ClassVar[bool] = True
+    samples: ClassVar[bool] = False
     mixed: ClassVar[bool] = False
     ties: ClassVar[bool] = False
+    detaches: ClassVar[bool] = False
     scales_rows: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
     shown: ClassVar[tuple[str, ...]] = ()
@@ -171,8 +175,16 @@ class Method:
         return None
 
     def shared_slots(self, sites: list[Site]) -> dict[str, Slot]:
-        """Return the tensors that all sites share; they live at the model's root, once per adapter."""
+        """Return the tensors that sites share; they live at the model's root, once per adapter.
+
+        Asked once, when all sites are known and before any tensor is made: a method whose initial values at one site
+        depend on the others remembers here what it needs of them.
+        """
         return {}
+
+    def shared_at(self, site: Site, shared: dict[str, Slot]) -> dict[str, Slot]:
+        """Return which of the shared tensors one site uses, by the roles that they have there; by default all."""
+        return shared
 
     def note(self, site: Site) -> str | None:
         """Return one sentence on what is done otherwise than the config says at a site, or None; it warns."""

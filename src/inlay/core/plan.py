@@ -22,15 +22,15 @@ from inlay.core.join import check_joinable
 from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
-from inlay.core.nest import takes_dropout
 from inlay.core.policy import INLAY, Policy
-from inlay.core.readers import fused_reader, may_be_fused
 from inlay.core.registry import method_class
 from inlay.core.replicate import Replication, installed, replication_of
 from inlay.core.retarget import retargeted
+from inlay.core.shared import share_out
 from inlay.core.slot import Slot
 from inlay.core.state import State, check_adapter_name, find_states
 from inlay.core.targets import Place, base_parameters, places, survey
+from inlay.core.unfit import unreadable, weightless
 from inlay.errors import InlayWarning, NoTargetError, TargetError, UnsupportedError
 from inlay.parallel.fsdp import refuse_managed
 from inlay.parallel.placement import Layout, layout_of
@@ -54,6 +54,7 @@ class Placement:
         layout: how the tensors are spread over processes, as the base weight is; None where it is not.
         source: the placement whose tensors this one uses, where layers share a weight.
         shares: paths of the other layers that hold the same weight.
+        shared: which of the plan's shared tensors it uses, by the roles that they have there.
     """
 
     place: Place
@@ -68,6 +69,7 @@ class Placement:
     layout: Layout | None = None
     source: Placement | None = None
     shares: tuple[str, ...] = ()
+    shared: dict[str, Slot] = field(default_factory=dict)
 
     @property
     def numel(self) -> int:
@@ -226,7 +228,7 @@ def _resolve(made: Plan, everything: list[Place]) -> None:
         raise NoTargetError(nothing_matched(made, everything))
     refuse_managed((p.place.path, p.place.base) for p in made.placements)
     refuse_managed((place.path, place.module) for place, _ in made.copies)
-    made.shared = made.method.shared_slots([p.site for p in made.placements if p.method is made.method])
+    share_out(made)
     plan_biases(made)
     check_patterns(made)
 
@@ -252,9 +254,9 @@ def place_method(
             f"{place.path!r}, matched by {pattern!r}, has its parameter {place.module.site.parameter!r} adapted by "
             "target_parameters of another adapter, so it cannot be adapted as a layer as well"
         )
-    reason, site = (None, site) if site is not None else (_unreadable(made, place), kind.site(place.path, base))
+    reason, site = (None, site) if site is not None else (unreadable(made, place), kind.site(place.path, base))
     answers = ask(method, site, made.known)
-    reason = reason or answers.refusal or _weightless(made, kind, site, method, base)
+    reason = reason or answers.refusal or weightless(made, kind, site, method, base)
     if reason is not None:
         raise UnsupportedError(f"{method.config.peft_type.value} on {site.name!r} ({type(base).__name__}): {reason}")
     if answers.note is not None:
@@ -264,36 +266,3 @@ def place_method(
     layout = layout_of(base, kind, site)
     numbers = dict(answers.options)
     return Placement(place, site, kind, answers.slots, pattern, numbers, method, dtype, weight.device, layout)
-
-
-def _weightless(made: Plan, kind: Kind, site: Site, method: Method, base: nn.Module) -> str | None:
-    """What belongs to a forward pass has no place where only the weight is rewritten."""
-    if kind.activation:
-        return None
-    if not method.mergeable:
-        return f"{type(method).__name__} depends on the layer's input, and here the layer only gets another weight"
-    if not site.bias and "bias" in method.slots(site):
-        return "the update has a bias, and here the layer only gets another weight and has no bias of its own"
-    if kind.peft_skips_dropout and made.policy.peft_layers:
-        return None
-    if getattr(made.config, "inference_mode", False):
-        return None  # it does not train, so nothing is dropped
-    for name in (method.dropout_field, "module_dropout", "rank_dropout"):
-        value = getattr(method.config, name, None) if name is not None else None
-        if value and name == method.dropout_field and takes_dropout(made.policy, base, site):
-            continue
-        if value:
-            return f"{name}={value} acts on a forward pass, and here the layer only gets another weight; set it to 0"
-    return None
-
-
-def _unreadable(made: Plan, place: Place) -> str | None:
-    """A layer whose owner reads its weight and never calls it would be adapted in silence and in vain."""
-    for parent, _ in place.parents:
-        if isinstance(parent, nn.MultiheadAttention) and made.policy.strict_targets:
-            owner = place.path.rpartition(".")[0]
-            return f"nn.MultiheadAttention reads this layer's weight and never calls it; target {owner!r} instead"
-    family = model_type(made.model) if may_be_fused(place.path) else None
-    if fused_reader(family, place.path):
-        return f"the fused kernels of {family} models read this layer's weight and never call it; leave it out"
-    return None

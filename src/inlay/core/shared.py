@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from inlay.core.state import State
 from inlay.errors import StateError, UnsupportedError
 
-__all__ = ["register_shared", "shared_names", "unregister_shared"]
+if TYPE_CHECKING:
+    from inlay.core.plan import Plan
+
+__all__ = ["register_shared", "share_out", "shared_names", "unregister_shared"]
 
 _NAMES = "_shared_names"
 
@@ -15,6 +20,14 @@ _NAMES = "_shared_names"
 def shared_names(holder: nn.Module) -> tuple[str, ...]:
     """Return the names of the children that are shared tensors and no part of the model."""
     return holder.__dict__.get(_NAMES, ())
+
+
+def share_out(plan: Plan) -> None:
+    """Find the tensors that the sites of a plan share, and which of them each site uses."""
+    own = [placement for placement in plan.placements if placement.method is plan.method]
+    plan.shared = plan.method.shared_slots([placement.site for placement in own])
+    for placement in own if plan.shared else ():
+        placement.shared = plan.method.shared_at(placement.site, plan.shared)
 
 
 def register_shared(root: nn.Module, state: State) -> None:

@@ -23,7 +23,7 @@ from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
 from inlay.core.plan import Placement, Plan, place_method
 from inlay.core.policy import PEFT
-from inlay.core.shared import register_shared
+from inlay.core.shared import register_shared, share_out
 from inlay.core.state import Record, State, check_adapter_name
 from inlay.core.targets import Place
 from inlay.core.tied import tied_placement
@@ -69,13 +69,18 @@ def attach(
     else:
         placement = _tied(made, place, tied, method)
     made.placements.append(placement)
-    made.shared = method.shared_slots([layer.site])
+    record = state.records.get(adapter)
+    if record is not None and record.shared:
+        made.shared = record.shared
+        placement.shared = method.shared_at(layer.site, record.shared)
+    else:
+        share_out(made)
     seed = torch.initial_seed()
     tensors = build(made, placement, False, True, seed)
     first = not state.records
     if not beside:
         dismount(layer, adapter)
-    if made.shared and not state.records.get(adapter, Record(None, method, 0)).shared:
+    if made.shared and (record is None or not record.shared):
         common = shared or build_shared(made, False, seed)
         for role, slot in made.shared.items():
             hang(state.shared, adapter, slot, common[role], nn.Module)

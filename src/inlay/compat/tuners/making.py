@@ -21,6 +21,7 @@ from inlay.core.patterns import pattern_value
 from inlay.core.plan import Plan, place_method
 from inlay.core.policy import PEFT
 from inlay.core.registry import method_class
+from inlay.core.shared import share_out
 from inlay.core.state import State
 from inlay.core.targets import places
 from inlay.errors import TargetError
@@ -104,7 +105,7 @@ def _share(inside: Injection, method: Method) -> None:
         meant = inside.tuner._check_target_module_exists(inside.config, place.path)
         if meant and kind_of(place.base) is not None:
             made.placements.append(place_method(made, place, "shared", method))
-    made.shared = method.shared_slots([placement.site for placement in made.placements])
+    share_out(made)
     record.shared = dict(made.shared)
     for role, tensor in build_shared(made, inside.low_memory, record.seed).items():
         hang(inside.state.shared, inside.adapter, made.shared[role], tensor, nn.Module)

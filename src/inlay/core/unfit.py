@@ -1,0 +1,53 @@
+"""Why a place that a pattern chose cannot be adapted, whatever the method's mathematics says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from inlay.core.affine import Site
+from inlay.core.choose import model_type
+from inlay.core.kind import Kind
+from inlay.core.method import Method
+from inlay.core.nest import takes_dropout
+from inlay.core.readers import fused_reader, may_be_fused
+from inlay.core.targets import Place
+
+if TYPE_CHECKING:
+    from inlay.core.plan import Plan
+
+__all__ = ["unreadable", "weightless"]
+
+
+def weightless(made: Plan, kind: Kind, site: Site, method: Method, base: nn.Module) -> str | None:
+    """What belongs to a forward pass has no place where only the weight is rewritten."""
+    if kind.activation:
+        return None
+    if not method.mergeable or method.samples:
+        return f"{type(method).__name__} depends on the layer's input, and here the layer only gets another weight"
+    if not site.bias and "bias" in method.slots(site):
+        return "the update has a bias, and here the layer only gets another weight and has no bias of its own"
+    if kind.peft_skips_dropout and made.policy.peft_layers:
+        return None
+    if getattr(made.config, "inference_mode", False):
+        return None  # it does not train, so nothing is dropped
+    for name in (method.dropout_field, "module_dropout", "rank_dropout"):
+        value = getattr(method.config, name, None) if name is not None else None
+        if value and name == method.dropout_field and takes_dropout(made.policy, base, site):
+            continue
+        if value:
+            return f"{name}={value} acts on a forward pass, and here the layer only gets another weight; set it to 0"
+    return None
+
+
+def unreadable(made: Plan, place: Place) -> str | None:
+    """A layer whose owner reads its weight and never calls it would be adapted in silence and in vain."""
+    for parent, _ in place.parents:
+        if isinstance(parent, nn.MultiheadAttention) and made.policy.strict_targets:
+            owner = place.path.rpartition(".")[0]
+            return f"nn.MultiheadAttention reads this layer's weight and never calls it; target {owner!r} instead"
+    family = model_type(made.model) if may_be_fused(place.path) else None
+    if fused_reader(family, place.path):
+        return f"the fused kernels of {family} models read this layer's weight and never call it; leave it out"
+    return None
