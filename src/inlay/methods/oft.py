@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +19,12 @@ from inlay.config import (
     setting,
     settings,
 )
-from inlay.core.affine import Affine, Site
-from inlay.core.method import Method, P
+from inlay.core.affine import Site
+from inlay.core.method import P
 from inlay.core.registry import register_method
+from inlay.core.rotation import Butterfly, InputRotation, Rotation, Triangle, cayley, cayley_series, skew
 from inlay.core.slot import Normal, Slot, zeros
 from inlay.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
 
 __all__ = ["OFT", "OFTConfig"]
 
@@ -92,25 +89,6 @@ class OFTConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
         return (self.peft_version or "") if self.full_last_term else super().written_version
 
 
-@dataclass(frozen=True)
-class Triangle:
-    """Fill with what makes a skew-symmetric matrix, row by row, of the entries above its diagonal.
-
-    Attributes:
-        size: rows of the matrix.
-        signs: fill with 1 above the diagonal, -1 below and 0 on it; otherwise with the entry to take.
-    """
-
-    size: int
-    signs: bool
-
-    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        rows, columns = torch.triu_indices(self.size, self.size, 1)
-        square = torch.zeros(self.size, self.size, dtype=tensor.dtype)
-        square[rows, columns] = 1 if self.signs else torch.arange(rows.numel(), dtype=tensor.dtype)
-        tensor.copy_((square - square.t() if self.signs else square + square.t()).flatten())
-
-
 def nearest_divisor(number: int, wish: int) -> int:
     """Return the divisor of ``number`` closest to ``wish``, the smaller of two."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
@@ -118,7 +96,7 @@ def nearest_divisor(number: int, wish: int) -> int:
 
 
 @register_method
-class OFT(Method):
+class OFT(InputRotation):
     """``W R^T`` with R block-diagonal and orthogonal, so that ``x`` is read as ``x R``; an embedding's rows are turned.
 
     R comes from skew-symmetric Q: ``(I - Q)(I + Q)^-1`` (Cayley), or ``I + 2Q + 2Q^2 + ... + Q^k`` (Cayley-Neumann).
@@ -136,11 +114,6 @@ class OFT(Method):
     @property
     def skip_probability(self) -> float:
         return 0.0  # module_dropout leaves out blocks here
-
-    @staticmethod
-    def features(site: Site) -> int:
-        """Length of the vectors that are rotated: a row of an embedding, a patch under a convolution's kernel."""
-        return site.out if site.lookup else site.all_channels * math.prod(site.kernel)
 
     def options(self, site: Site) -> dict[str, Any]:
         features, config = self.features(site), self.config
@@ -160,36 +133,21 @@ class OFT(Method):
         return None
 
     def refuse(self, site: Site) -> str | None:
-        block = self.options(site)["oft_block_size"]
-        if block == 1:
-            return f"blocks of one feature (of {self.features(site)}) cannot be rotated"
-        if site.fan_in % block and site.groups > 1:
-            return (
-                f"a block of {block} features reaches across the groups of the convolution, whose weight cannot hold "
-                f"that; take an oft_block_size that divides {site.fan_in}"
-            )
-        return None
+        return self.unrotatable(site, self.options(site)["oft_block_size"])
+
+    def smaller(self, site: Site) -> str:
+        return f"take an oft_block_size that divides {site.fan_in}"
 
     def slots(self, site: Site) -> dict[str, Slot]:
         found = self.options(site)
-        block = found["oft_block_size"]
-        blocks = 1 if self.config.block_share else found["r"]
         name = "oft_embedding_R" if site.lookup else "oft_R"
-        fixed: dict[str, Any] = {"buffer": True, "saved": False, "trainable": False}
         init = zeros if self.config.init_weights else Normal(0.1)
-        sizes = {"blocks": blocks, "n": block * (block - 1) // 2, "square": block * block}
-        return {
-            "entries": site.slot(f"{name}.*.weight", "*experts blocks n", init, **sizes),
-            "index": site.slot(
-                f"{name}.*.index", "square", Triangle(block, False), options={**fixed, "dtype": torch.int64}, **sizes
-            ),
-            "signs": site.slot(f"{name}.*.signs", "square", Triangle(block, True), options=fixed, **sizes),
-        }
+        blocks = 1 if self.config.block_share else found["r"]
+        return Triangle.slots(site, f"{name}.*", "blocks n", init, b=found["oft_block_size"], blocks=blocks)
 
     def skew(self, p: P) -> Tensor:
-        """Return Q, (*experts, blocks, b, b)."""
-        entries = p.entries if p.entries.dtype == torch.float64 else p.entries.float()
-        Q = (entries[..., p.index] * p.signs).unflatten(-1, (p.oft_block_size, p.oft_block_size))
+        """Return Q, (blocks, b, b)."""
+        Q = skew(p, p.oft_block_size)
         if self.config.coft:
             limit = self.config.eps / math.sqrt(Q.shape[-3])
             with torch.no_grad():
@@ -199,11 +157,10 @@ class OFT(Method):
         return Q
 
     def turn(self, p: P) -> Tensor:
-        """Return R - I, (*experts, blocks, b, b)."""
+        """Return R - I, (blocks, b, b)."""
         Q = self.skew(p)
         if not self.config.use_cayley_neumann:
-            identity = torch.diag_embed(torch.ones_like(Q[..., 0]))
-            return torch.linalg.solve(identity + Q, -2 * Q, left=False)
+            return cayley(Q)
         terms = self.config.num_cayley_neumann_terms
         if getattr(p, "full_last_term", False):
             total, power = 2 * Q, Q
@@ -211,59 +168,13 @@ class OFT(Method):
                 power = power @ Q
                 total = total + 2 * power
             return total
-        if terms == 2:
-            return 2 * Q
-        total, power = 2 * Q, Q
-        for _ in range(4, max(terms, 4)):
-            power = power @ Q
-            total = total + 2 * power
-        power = power @ Q
-        return total + 2 * power + power @ Q
+        return cayley_series(Q, terms)
 
-    def blocks(self, p: P) -> Tensor:
-        """Return R - I for every block, with some left out in training."""
-        turn = self.turn(p).expand(*p.entries.shape[:-2], p.r, -1, -1)
+    def rotation(self, site: Site, p: P) -> Rotation:
+        return Butterfly(self.turn(p).expand(1, p.r, -1, -1))
+
+    def varied(self, site: Site, p: P) -> Rotation:
+        turn = self.turn(p).expand(1, p.r, -1, -1)
         if p.training and self.config.module_dropout > 0.0 and not self.config.block_share:
             turn = turn * (torch.rand_like(turn[..., :1, :1]) >= self.config.module_dropout)
-        return turn
-
-    def delta_weight(self, site: Site, p: P) -> Tensor:
-        turn = self.turn(p).expand(*p.entries.shape[:-2], p.r, -1, -1)
-        return torch.block_diag(*(turn + torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device)))
-
-    def rewrite(self, site: Site, p: P, layer: Affine, base: Affine) -> Affine:
-        return self.rotated(site, layer, self.turn(p).expand(*site.experts, p.r, -1, -1))
-
-    @staticmethod
-    def rotated(site: Site, layer: Affine, turn: Tensor) -> Affine:
-        """Return ``layer`` with its weight rotated."""
-        weight, b = layer.weight, turn.shape[-1]
-        turn = turn.to(torch.promote_types(weight.dtype, turn.dtype))
-        wide = weight.to(turn.dtype)
-        if site.lookup:
-            change = torch.einsum("rkv,rkc->rcv", wide.unflatten(0, (-1, b)), turn).reshape(weight.shape)
-        else:
-            split = wide.reshape(*site.experts, site.groups, site.out // site.groups, -1, b)
-            by_group = turn.reshape(*site.experts, site.groups, -1, b, b)
-            change = torch.einsum("...ork,...rck->...orc", split, by_group).reshape(weight.shape)
-        return Affine(wide + change, layer.bias)
-
-    def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
-        turn = self.blocks(p)
-        if site.lookup:
-            return self.turned(inner(x), turn, inner)
-        if math.prod(site.kernel) > 1:  # one patch overlaps the next, so only the weight can take the rotation
-            return inner.run(x, self.rotated(site, inner.affine(), turn))
-        if site.kernel:
-            channel = -1 - len(site.kernel)
-            return inner(self.turned(x.movedim(channel, -1), turn, inner).movedim(-1, channel))
-        return inner(self.turned(x, turn, inner))
-
-    @staticmethod
-    def turned(x: Tensor, turn: Tensor, inner: Inner) -> Tensor:
-        """Rotate the last axis of ``x``."""
-        dtype = inner.product_dtype(x, turn.dtype)
-        wide = x.to(dtype)
-        turn = turn.to(dtype)
-        change = inner.in_blocks(wide, turn.shape[-1], lambda parts: torch.einsum("...rk,rkc->...rc", parts, turn))
-        return (wide + change).to(x.dtype)
+        return Butterfly(turn)
