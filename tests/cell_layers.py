@@ -1,8 +1,7 @@
-"""The layers that the cells adapt, where torch has none of the kind, and the model around a pair of them."""
+"""The layers that the cells adapt, where torch has none of the kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,21 +63,3 @@ def hf_conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
     return Conv1D(8, 12)
-
-
-class Pair(nn.Module):
-    """Two layers of one kind side by side, and one that stays as it is."""
-
-    def __init__(self, build: Callable[[], nn.Module], arity: int) -> None:
-        super().__init__()
-        self.first = build()
-        self.last = build()
-        self.beside = nn.Linear(2, 2)
-        self.arity = arity
-
-    def call(self, layer: nn.Module, x: Tensor) -> Tensor:
-        y = layer(*[x] * self.arity)
-        return y[0] if isinstance(y, tuple) else y
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(self.first, x) + torch.tanh(self.call(self.last, x))

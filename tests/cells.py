@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from cell_layers import Experts, OwnRMSNorm, Pair, ScaledEmbedding, Tied, hf_conv1d
+from cell_layers import Experts, OwnRMSNorm, ScaledEmbedding, Tied, hf_conv1d
 from torch import Tensor, nn
 
 from inlay.core.plan import plan
@@ -27,12 +27,13 @@ from inlay.methods.ln_tuning import LNTuningConfig
 from inlay.methods.loha import LoHaConfig
 from inlay.methods.lora import LoraConfig
 from inlay.methods.oft import OFTConfig
+from inlay.methods.pvera import PveraConfig
 from inlay.methods.trainable_tokens import TrainableTokensConfig
 from inlay.methods.vera import VeraConfig
+from inlay.testing.layers import BATCH, LayerCase, Pair
 
 # `make test-all` sets it: every law over every cell, instead of a cover of pairs.
 ALL_CELLS = os.environ.get("INLAY_ALL_CELLS", "0") not in ("", "0")
-BATCH = 4
 Target = dict[str, Any]
 
 
@@ -53,6 +54,7 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "oft": lambda target: OFTConfig(oft_block_size=4, **target),
     "oft_cayley": lambda target: OFTConfig(oft_block_size=3, use_cayley_neumann=False, **target),
     "oft_shared": lambda target: OFTConfig(oft_block_size=4, block_share=True, coft=True, eps=2.0, **target),
+    "pvera": lambda target: PveraConfig(r=5, d_initial=0.7, **target),
     "vera": lambda target: VeraConfig(r=5, d_initial=0.7, **target),
     "fourierft": lambda target: FourierFTConfig(n_frequency=8, scaling=30.0, **target),
     "fourierft_zero": lambda target: FourierFTConfig(n_frequency=6, scaling=30.0, init_weights=True, **target),
@@ -68,29 +70,6 @@ TRAINS_BASE = {"lora_base_bias"}
 # -- kinds: how to build the layer, and a batch for it ----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class KindCase:
-    """A layer to adapt.
-
-    Attributes:
-        build: makes the layer.
-        shape: of one batch; its ``axis`` holds the samples.
-        vocabulary: inputs are indices below this number, not features.
-        axis: where the samples are.
-        arity: how many times the input is passed (attention takes query, key and value).
-        padding: the index that torch gives no gradient.
-        parameters: adapt these bare parameters of the layer, not the layer.
-    """
-
-    build: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    vocabulary: int = 0
-    axis: int = 0
-    arity: int = 1
-    padding: int | None = None
-    parameters: tuple[str, ...] = ()
-
-
 def token_table(**options: Any) -> Callable[[], nn.Module]:
     return lambda: nn.Embedding(11, 12, **options)
 
@@ -99,38 +78,38 @@ FEATURES = (BATCH, 3, 12)
 IMAGE = (BATCH, 4, 7, 6)
 TOKENS = (BATCH, 5)
 
-KINDS: dict[str, KindCase] = {
-    "linear": KindCase(lambda: nn.Linear(12, 8), FEATURES),
-    "linear_nobias": KindCase(lambda: nn.Linear(12, 8, bias=False), FEATURES),
-    "conv1d_hf": KindCase(hf_conv1d, FEATURES),
-    "conv1d_strided": KindCase(lambda: nn.Conv1d(4, 8, 3, stride=2, padding=1), (BATCH, 4, 9)),
-    "conv2d": KindCase(lambda: nn.Conv2d(4, 8, (3, 2), padding=(1, 0), bias=False), IMAGE),
-    "conv2d_grouped": KindCase(lambda: nn.Conv2d(4, 8, 3, groups=2, stride=(1, 2)), IMAGE),
-    "conv2d_depthwise": KindCase(lambda: nn.Conv2d(8, 8, 3, groups=8), (BATCH, 8, 5, 5)),
-    "conv2d_dilated_reflect": KindCase(
+KINDS: dict[str, LayerCase] = {
+    "linear": LayerCase(lambda: nn.Linear(12, 8), FEATURES),
+    "linear_nobias": LayerCase(lambda: nn.Linear(12, 8, bias=False), FEATURES),
+    "conv1d_hf": LayerCase(hf_conv1d, FEATURES),
+    "conv1d_strided": LayerCase(lambda: nn.Conv1d(4, 8, 3, stride=2, padding=1), (BATCH, 4, 9)),
+    "conv2d": LayerCase(lambda: nn.Conv2d(4, 8, (3, 2), padding=(1, 0), bias=False), IMAGE),
+    "conv2d_grouped": LayerCase(lambda: nn.Conv2d(4, 8, 3, groups=2, stride=(1, 2)), IMAGE),
+    "conv2d_depthwise": LayerCase(lambda: nn.Conv2d(8, 8, 3, groups=8), (BATCH, 8, 5, 5)),
+    "conv2d_dilated_reflect": LayerCase(
         lambda: nn.Conv2d(4, 8, 3, dilation=2, padding=2, padding_mode="reflect"), IMAGE
     ),
-    "conv2d_same_circular": KindCase(lambda: nn.Conv2d(4, 8, (2, 3), padding="same", padding_mode="circular"), IMAGE),
-    "conv3d": KindCase(lambda: nn.Conv3d(3, 8, 2, padding=1), (BATCH, 3, 3, 4, 2)),
-    "embedding": KindCase(token_table(), TOKENS, vocabulary=11),
-    "embedding_padding": KindCase(token_table(padding_idx=1), TOKENS, vocabulary=11, padding=1),
-    "embedding_max_norm": KindCase(token_table(max_norm=1.5), TOKENS, vocabulary=11),
-    "embedding_scaled": KindCase(
+    "conv2d_same_circular": LayerCase(lambda: nn.Conv2d(4, 8, (2, 3), padding="same", padding_mode="circular"), IMAGE),
+    "conv3d": LayerCase(lambda: nn.Conv3d(3, 8, 2, padding=1), (BATCH, 3, 3, 4, 2)),
+    "embedding": LayerCase(token_table(), TOKENS, vocabulary=11),
+    "embedding_padding": LayerCase(token_table(padding_idx=1), TOKENS, vocabulary=11, padding=1),
+    "embedding_max_norm": LayerCase(token_table(max_norm=1.5), TOKENS, vocabulary=11),
+    "embedding_scaled": LayerCase(
         lambda: ScaledEmbedding(11, 12, padding_idx=0, scale=3.5), TOKENS, vocabulary=11, padding=0
     ),
-    "layernorm": KindCase(lambda: nn.LayerNorm(12), FEATURES),
-    "layernorm_planes": KindCase(lambda: nn.LayerNorm((3, 4)), (BATCH, 2, 3, 4)),
-    "rmsnorm": KindCase(lambda: nn.RMSNorm(12), FEATURES),
-    "rmsnorm_own": KindCase(lambda: OwnRMSNorm(12), FEATURES),
-    "attention": KindCase(lambda: nn.MultiheadAttention(12, 2), (5, BATCH, 12), axis=1, arity=3),
-    "attention_batch_first": KindCase(
+    "layernorm": LayerCase(lambda: nn.LayerNorm(12), FEATURES),
+    "layernorm_planes": LayerCase(lambda: nn.LayerNorm((3, 4)), (BATCH, 2, 3, 4)),
+    "rmsnorm": LayerCase(lambda: nn.RMSNorm(12), FEATURES),
+    "rmsnorm_own": LayerCase(lambda: OwnRMSNorm(12), FEATURES),
+    "attention": LayerCase(lambda: nn.MultiheadAttention(12, 2), (5, BATCH, 12), axis=1, arity=3),
+    "attention_batch_first": LayerCase(
         lambda: nn.MultiheadAttention(12, 2, batch_first=True, bias=False), (BATCH, 5, 12), arity=3
     ),
-    "attention_kdim": KindCase(lambda: nn.MultiheadAttention(12, 2, kdim=4, vdim=4), (5, BATCH, 12), axis=1, arity=3),
-    "experts": KindCase(Experts, FEATURES, parameters=("up", "down")),
-    "experts_transposed": KindCase(lambda: Experts(is_transposed=True), FEATURES, parameters=("down",)),
-    "parameter": KindCase(Tied, FEATURES, parameters=("matrix",)),
-    "groupnorm": KindCase(lambda: nn.GroupNorm(2, 8), (BATCH, 8, 3, 2)),
+    "attention_kdim": LayerCase(lambda: nn.MultiheadAttention(12, 2, kdim=4, vdim=4), (5, BATCH, 12), axis=1, arity=3),
+    "experts": LayerCase(Experts, FEATURES, parameters=("up", "down")),
+    "experts_transposed": LayerCase(lambda: Experts(is_transposed=True), FEATURES, parameters=("down",)),
+    "parameter": LayerCase(Tied, FEATURES, parameters=("matrix",)),
+    "groupnorm": LayerCase(lambda: nn.GroupNorm(2, 8), (BATCH, 8, 3, 2)),
 }
 
 
@@ -173,8 +152,10 @@ REFUSED: list[tuple[str, str, str]] = [
     ("loha*", "parameter", "target_parameters"),
     ("oft*", "experts*", "target_parameters"),
     ("oft*", "parameter", "target_parameters"),
-    ("vera", "experts*", "target_parameters"),
-    ("vera", "parameter", "target_parameters"),
+    ("*vera", "experts*", "target_parameters"),
+    ("*vera", "parameter", "target_parameters"),
+    ("pvera", "[!e]*norm*", "draws noise in a forward pass"),
+    ("pvera", "attention*", "draws noise in a forward pass"),
     ("fourierft*", "experts*", "target_parameters"),
     ("fourierft*", "parameter", "target_parameters"),
     ("ln_tuning", "experts*", "target_parameters"),
@@ -211,7 +192,7 @@ class Cell:
         return f"{self.method}-{self.kind}-{self.storage}"
 
     @property
-    def case(self) -> KindCase:
+    def case(self) -> LayerCase:
         return KINDS[self.kind]
 
     @property
@@ -231,31 +212,38 @@ class Cell:
         """The config of the cell's method, or of another one, for some of the layers."""
         return METHODS[method or self.method](target(self.kind, layers))
 
+    @property
+    def axis(self) -> int:
+        return self.case.axis
+
+    @property
+    def padding(self) -> int | None:
+        return self.case.padding
+
+    @property
+    def fresh_changes(self) -> bool:
+        return self.method in CHANGES_AT_INIT
+
+    @property
+    def renormalises(self) -> bool:
+        return "max_norm" in self.kind
+
+    @property
+    def numeric(self) -> bool:
+        return not method_of(self.method).detaches
+
     def model(self, seed: int = 0) -> Pair:
-        """The base model: fixed random weights (norms too), some frozen, some layers in eval mode."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = Pair(self.case.build, self.case.arity)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.dim() == 1:
-                        parameter.add_(torch.randn_like(parameter) * 0.3)
-        return model.to(self.dtype)
+        """The base model: fixed random weights, norms too."""
+        return self.case.model(self.dtype, seed)
 
     def batch(self, seed: int = 1) -> Tensor:
         """Inputs for ``BATCH`` samples."""
-        generator = torch.Generator().manual_seed(seed)
-        if self.case.vocabulary:
-            return torch.randint(self.case.vocabulary, self.case.shape, generator=generator)
-        return torch.randn(self.case.shape, generator=generator).to(self.dtype)
+        return self.case.batch(self.dtype, seed)
 
 
 def target(kind: str, layers: Iterable[str]) -> Target:
     """Return the config fields that choose layers of a kind."""
-    parameters = KINDS[kind].parameters
-    if parameters:
-        return {"target_modules": [], "target_parameters": [f"{layer}.{p}" for layer in layers for p in parameters]}
-    return {"target_modules": list(layers)}
+    return KINDS[kind].target(layers)
 
 
 @functools.cache
@@ -265,10 +253,15 @@ def family(method: str) -> str:
     return "DORA" if getattr(config, "use_dora", False) else str(config.peft_type.value)
 
 
+def method_of(method: str) -> Any:
+    """The method that carries out a config of this file."""
+    config = METHODS[method]({"target_modules": ["first"]})
+    return method_class(config.peft_type).variant(config)(config)
+
+
 def additive(method: str) -> bool:
     """Whether a method only adds to the weight; any other reads the untouched one."""
-    config = METHODS[method]({"target_modules": ["first"]})
-    return method_class(config.peft_type).variant(config)(config).additive
+    return bool(method_of(method).additive)
 
 
 @functools.cache

@@ -25,7 +25,8 @@
     │   ├── CheckpointMissingError (FileNotFoundError)
     │   ├── CheckpointKeyError (TypeError)  a configuration without a key that each one has
     │   └── CheckpointMismatchError (RuntimeError)   keys or shapes that do not fit
-    └── MissingExtraError (ImportError)     an optional dependency is not installed
+    ├── MissingExtraError (ImportError)     an optional dependency is not installed
+    └── LawError (AssertionError)           a method, kind or storage of one's own breaks a law
 
     InlayWarning (UserWarning)              something ran, but not quite as one may think
     └── TargetWarning (RuntimeWarning)      a pattern that matches nothing, where that is let pass
@@ -52,6 +53,7 @@ __all__ = [
     "ConversionError",
     "InlayError",
     "InlayWarning",
+    "LawError",
     "MergeError",
     "MissingExtraError",
     "NoBiasError",
@@ -169,6 +171,10 @@ class CheckpointMismatchError(CheckpointError, RuntimeError):
 
 class MissingExtraError(InlayError, ImportError):
     """An optional dependency is needed and not installed; the message says how to get it."""
+
+
+class LawError(InlayError, AssertionError):
+    """A law that every method, kind and storage must obey does not hold."""
 
 
 class InlayWarning(UserWarning):

@@ -13,39 +13,18 @@ from inlay.checkpoint import (
     load_adapter_files,
     load_all,
     save_adapters,
-    set_peft_model_state_dict,
 )
 from inlay.core.active import set_active
-from inlay.core.inject import inject
-from inlay.core.plan import plan
 from inlay.core.state import find_state
+from inlay.testing.laws import keeping
 
 
 def test_state_dict_into_an_adapter_of_another_name(cell: Cell) -> None:
-    """The twin starts with other values, under another name and seed, and ends with the same output, bitwise."""
-    subject = Subject(cell)
-    saved = get_peft_model_state_dict(subject.model, adapter_name="one")
-    assert saved
-    assert not any(".one" in key for key in saved)
-    twin = cell.model()
-    inject(plan(twin, cell.config(), "other"), seed=99)
-    loaded = set_peft_model_state_dict(twin, saved, adapter_name="other")
-    assert not loaded.missing_keys
-    assert not loaded.unexpected_keys
-    again = get_peft_model_state_dict(twin, adapter_name="other")
-    assert list(again) == list(saved)
-    assert_bitwise(again, saved)
-    assert torch.equal(twin(subject.x), subject.model(subject.x))
+    keeping.state_dict_into_an_adapter_of_another_name(cell)
 
 
 def test_saved_is_all_that_trains(cell: Cell) -> None:
-    """Every parameter that gets a gradient is in the checkpoint, so nothing that was learned is lost."""
-    subject = Subject(cell)
-    saved = get_peft_model_state_dict(subject.model, adapter_name="one")
-    trained = [p for name, p in subject.model.named_parameters() if p.requires_grad]
-    pointers = {tensor.data_ptr() for tensor in saved.values()}
-    assert trained
-    assert all(p.data_ptr() in pointers for p in trained)
+    keeping.saved_is_all_that_trains(cell)
 
 
 def test_files(cell: Cell, tmp_path: Path) -> None:

@@ -15,24 +15,14 @@ from inlay.core import inner
 from inlay.core.affine import Delta, LowRank
 from inlay.kernels.switch import without_fast_paths
 from inlay.kernels.table import FAST, sum_of
+from inlay.testing.laws import contexts
 
 SLOW = True
 STORAGES = ("plain_fp32",)
 
 
 def test_compiled_equals_eager(cell: Cell) -> None:
-    torch._dynamo.reset()
-    subject = Subject(cell)
-    subject.add("two")
-    compiled = torch.compile(subject.model, fullgraph=True, backend="aot_eager", dynamic=False)
-    outputs = []
-    for names in (("one",), ("one", "two"), ()):
-        subject.activate(*names)
-        eager = outcome(subject.model, subject.x)
-        assert_same_outcome(outcome(subject.model, subject.x, compiled), eager, cell.dtype)
-        outputs.append(eager.y)
-    assert not torch.equal(outputs[0], outputs[1])
-    assert not torch.equal(outputs[0], outputs[2])
+    contexts.compiled_equals_eager(cell)
 
 
 def fast_cell(path: tuple[str, type[Delta]]) -> Cell:

@@ -6,7 +6,7 @@ activation space is cheaper. A method names no layer class, no storage, no adapt
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -223,6 +223,20 @@ class Method:
     def prepare(self, site: Site, p: P, layer: Affine) -> Affine | None:
         """Set initial values that depend on the base weight; may return a new base."""
         return None
+
+    def derive(self, site: Site, p: P, layer: Affine) -> None:
+        """Set the constants (unsaved slots) that follow from the untouched weight; asked for on every loading too.
+
+        Comes before ``prepare``. ``layer`` is in float32, or wider.
+        """
+
+    def derive_shared(self, p: P, layers: Iterable[tuple[Site, Affine]]) -> None:
+        """Set shared tensors that follow from the untouched weights of all sites.
+
+        Args:
+            p: has those shared tensors that no checkpoint is going to fill.
+            layers: sites with their maps, each read when its turn comes.
+        """
 
     @property
     def skip_probability(self) -> float:

@@ -23,6 +23,7 @@ class DoRA(LoRA):
     """``m * (W + s B A) / ||W + s B A||``: norms by row, of the untouched weight, held constant in backward."""
 
     scales_rows = True
+    detaches = True  # the norm
 
     @property
     def commutes(self) -> bool:
