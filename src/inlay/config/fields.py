@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 from inlay.config.settings import setting, settings
-from inlay.errors import ConfigError
+from inlay.errors import ConfigError, InlayWarning
 
 __all__ = [
     "ALL_LINEAR",
@@ -14,6 +15,9 @@ __all__ = [
     "FanInFanOutField",
     "LayerFields",
     "PatternFields",
+    "ProjectionFields",
+    "RankPatternField",
+    "SavedBasesField",
     "SavedModulesField",
     "TargetField",
     "TargetFields",
@@ -69,6 +73,15 @@ def _check_names(config: Any, field: str) -> None:
                     f"{owner}.{field}: expected names of at most {LONGEST_PATTERN} characters, found {len(name)}."
                 )
         setattr(config, field, set(value))
+
+
+def _check_patterns(config: Any, field: str) -> None:
+    """Check the patterns that a mapping has as its keys; None stands for none."""
+    patterns = getattr(config, field)
+    if patterns is None:
+        setattr(config, field, {})
+    for pattern in patterns or ():
+        check_pattern(type(config).__name__, field, pattern)
 
 
 # A mix-in's `check_fields` runs after every single field has been checked against its annotation and limits.
@@ -155,8 +168,8 @@ class LayerFields:
 
 
 @settings
-class PatternFields:
-    """``rank_pattern`` and ``alpha_pattern``: another rank or scale for some modules."""
+class RankPatternField:
+    """``rank_pattern``: another rank for some modules."""
 
     rank_pattern: dict[str, int] | None = setting(
         doc="Ranks that differ from r: module name, ending or regular expression -> rank.",
@@ -164,18 +177,22 @@ class PatternFields:
         gt=0,
         parameters="those modules count with their own rank",
     )
+
+    def check_fields(self) -> None:
+        _check_patterns(self, "rank_pattern")
+
+
+@settings
+class PatternFields(RankPatternField):
+    """``rank_pattern`` and ``alpha_pattern``: another rank or scale for some modules."""
+
     alpha_pattern: dict[str, float] | None = setting(
         doc="Numerators of the scale that differ from the general one: name, ending or regular expression -> number.",
         factory=dict,
     )
 
     def check_fields(self) -> None:
-        for field in ("rank_pattern", "alpha_pattern"):
-            patterns = getattr(self, field)
-            if patterns is None:
-                setattr(self, field, {})
-            for pattern in patterns or ():
-                check_pattern(type(self).__name__, field, pattern)
+        _check_patterns(self, "alpha_pattern")
 
 
 @settings
@@ -187,3 +204,32 @@ class FanInFanOutField:
         doc="The base weight is stored as (in, out) instead of (out, in); known layers such as transformers' Conv1D "
         "are recognised without it.",
     )
+
+
+@settings
+class SavedBasesField:
+    """``save_projection``: whether random tensors that never train are in a checkpoint."""
+
+    seed_field = "projection_seed"
+
+    save_projection: bool = setting(
+        default=True, doc="Keep the random projections in the checkpoint; otherwise they are drawn again from the seed."
+    )
+
+    def check_fields(self) -> None:
+        if not self.save_projection:
+            warnings.warn(
+                f"{type(self).__name__}.save_projection is False: the projections are drawn again from "
+                f"{self.seed_field} on loading, which other versions of torch may do differently.",
+                InlayWarning,
+                stacklevel=5,
+            )
+
+
+@settings
+class ProjectionFields(SavedBasesField):
+    """``projection_prng_key`` beside ``save_projection``."""
+
+    seed_field = "projection_prng_key"
+
+    projection_prng_key: int = setting(default=0, doc="Seed that the shared projections are drawn from.")

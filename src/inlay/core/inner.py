@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+import inlay.kernels.structured  # noqa: F401  enters its ways of multiplying
 from inlay.core.affine import Affine, Delta, Dense, LowRank
 from inlay.core.dtype import product_dtype
 from inlay.core.fused import Updates, active_dropout, delta_reason, fused_dtype, input_reason, run_updates
@@ -125,6 +126,10 @@ class Inner:
     def affine(self) -> Affine:
         """Return the map of what is below, in weight space."""
         return self.layer.fold(self.chain[: self.depth])
+
+    def bias(self) -> Tensor | None:
+        """Return the bias of what is below, (out,), or None."""
+        return None if self.depth == 0 and not self.layer.site.bias else self.affine().bias
 
     def base_affine(self) -> Affine:
         """Return the map of the untouched layer."""

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Constant", "Init", "KaimingUniform", "Normal", "Slot", "Uniform", "zeros"]
+__all__ = ["Constant", "Init", "KaimingUniform", "Normal", "Seeded", "Slot", "Uniform", "zeros"]
 
 # Fills the given tensor in place, drawing from the generator only. Must be picklable: a module-level function
 # or one of the small callables below, never a closure.
@@ -40,12 +40,13 @@ class Constant:
 
 @dataclass(frozen=True)
 class Normal:
-    """Draw from a normal distribution with mean 0."""
+    """Draw from a normal distribution."""
 
     std: float
+    mean: float = 0.0
 
     def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.normal_(0.0, self.std, generator=generator)
+        tensor.normal_(self.mean, self.std, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,29 @@ class KaimingUniform:
         fan = self.fan if self.fan is not None else max(1, math.prod(tensor.shape[1:]))
         bound = math.sqrt(6.0 / ((1.0 + self.a**2) * fan))
         tensor.uniform_(-bound, bound, generator=generator)
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """Draw from a stream of its own, in float32, so that the values can be drawn again.
+
+    Attributes:
+        seed: what the stream starts from.
+        init: draws.
+        skip: shape of a tensor that is drawn before from the same stream, and thrown away.
+    """
+
+    seed: int
+    init: Init
+    skip: tuple[int, ...] | None = None
+
+    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
+        stream = torch.Generator().manual_seed(self.seed)
+        if self.skip is not None:
+            self.init(torch.empty(self.skip), stream)
+        drawn = torch.empty(tensor.shape)
+        self.init(drawn, stream)
+        tensor.copy_(drawn)
 
 
 @dataclass(frozen=True)
