@@ -18,6 +18,7 @@ from inlay.checkpoint.target import KeyIndex, Target
 from inlay.checkpoint.translation import collected, renamed
 from inlay.checkpoint.tree import TRANSPARENT, Tree
 from inlay.checkpoint.write import write
+from inlay.core.initial import derive_loaded
 from inlay.errors import CheckpointError, CheckpointMismatchError, InlayWarning, StateError, did_you_mean
 
 __all__ = ["get_peft_model_state_dict", "load_tensors", "saved_tensors", "set_peft_model_state_dict"]
@@ -182,6 +183,7 @@ def load_tensors(
     strict = tree.state.policy.strict_load if strict is None else strict
     _judge(tree, index, found, strict, ignore_mismatched_sizes, where, adapter)
     write(tree, {target: value for target, (_, value) in found.found.items()}, release)
+    derive_loaded(tree.state, adapter)
     tree.state.touch()
     absent = [*found.missing, *found.misshaped]
     return _IncompatibleKeys([target.memory for target in absent], list(found.unexpected))

@@ -13,6 +13,7 @@ from inlay.parallel.placement import spread
 __all__ = ["build", "build_shared"]
 
 _META = torch.device("meta")
+_CPU = torch.device("cpu")
 
 
 def _new(slot: Slot, site: Site, dtype: torch.dtype, device: torch.device, plan: Plan, seed: int, fill: bool) -> Tensor:
@@ -22,23 +23,39 @@ def _new(slot: Slot, site: Site, dtype: torch.dtype, device: torch.device, plan:
         return torch.empty(slot.shape, dtype=dtype, device=device)
     if slot.init is zeros:
         return torch.zeros(slot.shape, dtype=dtype, device=device)
-    tensor = torch.empty(slot.shape, dtype=dtype)
-    slot.init(tensor, generator_for(seed, site.name, slot.key) if plan.policy.own_seed else torch.default_generator)
+    if plan.policy.own_seed:
+        tensor = _filled(slot, site, dtype, seed)
+    else:
+        tensor = torch.empty(slot.shape, dtype=dtype, device=_CPU)
+        slot.init(tensor, torch.default_generator)
     return tensor if device.type == "cpu" else tensor.to(device)
 
 
+def _filled(slot: Slot, site: Site, dtype: torch.dtype, seed: int) -> Tensor:
+    """Create one tensor on the CPU with values that depend on seed, site and slot alone."""
+    if slot.init is zeros:
+        return torch.zeros(slot.shape, dtype=dtype, device=_CPU)
+    tensor = torch.empty(slot.shape, dtype=dtype, device=_CPU)
+    slot.init(tensor, generator_for(seed, site.name, slot.key))
+    return tensor
+
+
 def build(plan: Plan, placement: Placement, low_memory: bool, fill: bool, seed: int) -> dict[str, Tensor]:
-    if placement.source is not None:  # it uses the tensors of another layer
+    """Create the tensors of one placement, by role; none where it uses those of another layer."""
+    if placement.source is not None:
         return {}
     site, dtype, layout = placement.site, placement.dtype, placement.layout
-    if fill and not low_memory and not plan.policy.own_seed:
+    own_seed = plan.policy.own_seed
+    if fill and not low_memory and own_seed and layout is None and placement.device == _CPU:
+        return {role: _filled(slot, site, slot.dtype or dtype, seed) for role, slot in placement.slots.items()}
+    if fill and not low_memory and not own_seed:
         for slot in placement.slots.values():
             if slot.discarded is not None:
                 slot.discarded(torch.empty(slot.shape, dtype=placement.dtype), torch.default_generator)
     tensors = {}
     for role, slot in placement.slots.items():
         device = _META if low_memory and slot.saved else placement.device  # no load would bring the others
-        tensor = _new(slot, site, dtype, device, plan, seed, fill or slot.buffer)
+        tensor = _new(slot, site, dtype, device, plan, seed, fill or slot.buffer or not slot.saved)
         tensors[role] = tensor if layout is None else spread(tensor, slot, layout)
     return tensors
 

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.affine import Affine
 from inlay.core.bare import bare
 from inlay.core.build import build, build_shared
 from inlay.core.collect import uncollected
-from inlay.core.dtype import merge_dtype
 from inlay.core.eject import restore_grad
 from inlay.core.entry import Entry
 from inlay.core.follow import base_modules
 from inlay.core.hanging import container, dismount, drop_shared, hang
+from inlay.core.initial import Undo, derive, prepare, standing
 from inlay.core.join import joined, offsets
 from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
@@ -29,10 +28,7 @@ from inlay.core.targets import base_parameters
 from inlay.errors import StateError
 from inlay.parallel.hooks import lift, lower
 
-__all__ = ["freeze", "inject", "mount", "occupy", "prepare"]
-
-# One step back, should a later step of an injection fail.
-Undo = Callable[[], object]
+__all__ = ["freeze", "inject", "mount", "occupy"]
 
 
 @uncollected
@@ -92,7 +88,10 @@ def inject(
         if trainable:
             undo.append(lambda: state.training.discard(plan.adapter))
             state.training.add(plan.adapter)
-        if initialise and not low_memory:
+        fresh = initialise and not low_memory
+        if fresh or not plan.shared:  # constants may follow from shared tensors, which a load brings and sees to
+            derive(plan, state, fresh)
+        if fresh:
             prepare(plan, state, undo)
         for name, p in biases.items():
             undo.append(partial(p.requires_grad_, p.requires_grad))
@@ -153,7 +152,7 @@ def freeze(model: nn.Module, state: State, parameters: dict[str, nn.Parameter], 
 
 def _adapted(placement: Placement, state: State, undo: list[Undo]) -> AdaptedLayer:
     """Return the adapted layer at a place, putting one there if there is none."""
-    found = _standing(placement)
+    found = standing(placement)
     if found is not None:
         return found
     parent, name = placement.place.parents[0]
@@ -193,7 +192,7 @@ def mount(
         p = float(getattr(placement.method.config, field) or 0.0)
         container(layer, (field,), nn.ModuleDict)._modules[adapter] = nn.Dropout(p) if p > 0.0 else bare(nn.Identity)
     if placement.source is not None:
-        entry.home = _standing(placement.source)
+        entry.home = standing(placement.source)
     for role, slot in placement.slots.items() if placement.source is None else ():
         hang(layer, adapter, slot, tensors[role], partial(placement.kind.leaf, placement.site, slot), trainable)
 
@@ -241,48 +240,3 @@ def _tie_copies(plan: Plan) -> None:
         standing: list[Any] = [place.parents[0][0]._modules[place.parents[0][1]] for place in pair]
         source, member = (copies.modules_to_save._modules[plan.adapter] for copies in standing)
         member._parameters["weight"] = source._parameters["weight"]
-
-
-@torch.no_grad()
-def prepare(plan: Plan, state: State, undo: list[Undo]) -> None:
-    """Let methods set initial values that depend on the base weight."""
-    for placement in plan.placements:
-        if not placement.method.needs_base or placement.device.type == "meta" or placement.source is not None:
-            continue
-        layer = _standing(placement)
-        assert layer is not None
-        for entry in layer.entries[plan.adapter]:
-            if entry.method is placement.method:
-                base = layer.base_affine(whole=True)
-                dtype = merge_dtype(base.weight.dtype)
-                wide = type(base)(base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype))
-                p = layer.params(entry, whole=True)
-                rebased = entry.method.prepare(entry.site, p, wide)
-                layer.put(entry, p)
-                if rebased is not None:
-                    _rebase(layer, rebased, state, undo)
-
-
-def _rebase(layer: AdaptedLayer, rebased: Affine, state: State, undo: list[Undo]) -> None:
-    """Write the new base that an initialiser asks for, recording the old one."""
-    leaf = layer.leaf_layer
-    new = layer.kind.stored(leaf, layer.site, rebased)
-    old = {name: getattr(leaf, name).detach().clone() for name in new}
-    for name, tensor in old.items():
-        key = f"{layer.site.owner}.{name}"
-        if key not in state.base_values:
-            undo.append(partial(state.base_values.pop, key))
-            state.base_values[key] = tensor
-    undo.append(lambda: layer.write(old, (), {}))
-    layer.write(new, (), {})
-
-
-def _standing(placement: Placement) -> AdaptedLayer | None:
-    """Return the adapted layer at a place, from an earlier adapter or an earlier placement of this plan."""
-    parent, name = placement.place.parents[0]
-    layer = parent._modules[name]
-    while isinstance(layer, AdaptedLayer):
-        if layer.site.parameter == placement.site.parameter:
-            return layer
-        layer = layer.base_layer
-    return None

@@ -17,7 +17,8 @@ from inlay.core.affine import Affine, Site
 from inlay.core.build import build, build_shared
 from inlay.core.entry import Entry
 from inlay.core.hanging import dismount, hang
-from inlay.core.inject import mount, prepare
+from inlay.core.initial import derive, prepare
+from inlay.core.inject import mount
 from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
@@ -86,6 +87,7 @@ def attach(
             hang(state.shared, adapter, slot, common[role], nn.Module)
         register_shared(layer, state)
     mount(layer, made, placement, tensors, [])
+    derive(made, state, record is None or not record.shared)
     prepare(made, state, [])
     state.records.setdefault(adapter, Record(method.config, method, seed, shared=dict(made.shared)))
     state.training.add(adapter)

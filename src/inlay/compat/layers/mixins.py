@@ -16,6 +16,7 @@ from inlay.compat.layers.viewing import Own
 from inlay.core.dtype import merge_dtype
 from inlay.core.entry import find_tensor
 from inlay.core.hanging import hang
+from inlay.core.initial import derives
 from inlay.core.kind import Holder
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import P
@@ -83,10 +84,12 @@ class TensorLayer(BaseTunerLayer):
         for role, slot in slots.items():
             hang(self, adapter_name, slot, _filled(slot), partial(_leaf, kind, site, slot))  # type: ignore[arg-type]
             setattr(p, role, find_tensor(self, adapter_name, *slot.place))  # type: ignore[arg-type]
-        if method.needs_base and kind is not None:
+        if (method.needs_base or derives(method)) and kind is not None:
             present = kind.read(base, site)
+            present = present.to(merge_dtype(present.weight.dtype))
             with torch.no_grad():
-                method.prepare(site, p, present.to(merge_dtype(present.weight.dtype)))
+                method.derive(site, p, present)
+                method.prepare(site, p, present)
         self._taken[adapter_name] = (method, site)
         self._note(adapter_name, method.options(site), config, method.dropout_field)
         self._move_adapter_to_device_of_base_layer(adapter_name)

@@ -24,7 +24,7 @@ from inlay.core.registry import method_class
 from inlay.core.shared import share_out
 from inlay.core.state import State
 from inlay.core.targets import places
-from inlay.errors import TargetError
+from inlay.errors import NotAvailableError, TargetError
 from inlay.kinds.attention import AttentionLayer, Output, OutputLayer
 
 __all__ = ["adapt_parameter", "add_to", "layer_over", "layer_sharing", "numbers_for"]
@@ -100,6 +100,11 @@ def _share(inside: Injection, method: Method) -> None:
     record = inside.state.records[inside.adapter]
     if type(method).shared_slots is Method.shared_slots or record.shared:
         return
+    if type(method).derive_shared is not Method.derive_shared:
+        raise NotAvailableError(
+            f"{type(method).__name__} shares tensors that follow from the weights of all layers, which hooks make one "
+            "by one; leave the hooks of its tuner as they are"
+        )
     made = Plan(inside.model, inside.adapter, inside.config, method, inside.state.policy, inside.state, False)
     for place in places(inside.model):
         meant = inside.tuner._check_target_module_exists(inside.config, place.path)

@@ -1,0 +1,135 @@
+"""What an adapter takes from the base weights when it comes: initial values, constants, a changed base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from inlay.core.affine import Affine, Site
+from inlay.core.dtype import merge_dtype
+from inlay.core.entry import Entry, find_tensor
+from inlay.core.layer import AdaptedLayer
+from inlay.core.method import Method, P
+from inlay.core.plan import Placement, Plan
+from inlay.core.slot import Slot
+from inlay.core.state import State
+
+__all__ = ["Undo", "derive", "derive_loaded", "derives", "prepare", "standing", "wide_base"]
+
+# One step back, should a later step of an injection fail.
+Undo = Callable[[], object]
+
+
+def standing(placement: Placement) -> AdaptedLayer | None:
+    """Return the adapted layer at a place, from an earlier adapter or an earlier placement of this plan."""
+    parent, name = placement.place.parents[0]
+    layer = parent._modules[name]
+    while isinstance(layer, AdaptedLayer):
+        if layer.site.parameter == placement.site.parameter:
+            return layer
+        layer = layer.base_layer
+    return None
+
+
+def wide_base(layer: AdaptedLayer) -> Affine:
+    """Return the untouched map of a layer, whole, in a dtype in which sums are exact enough to be rounded once."""
+    base = layer.base_affine(whole=True)
+    return base.to(merge_dtype(base.weight.dtype))
+
+
+Held = list[tuple[AdaptedLayer, Entry]]
+
+
+def _planned(plan: Plan) -> Held:
+    """Return the layers of a plan that have tensors of their own, with what the plan's adapter has there."""
+    found: Held = []
+    for placement in plan.placements:
+        if placement.source is not None:
+            continue
+        layer = standing(placement)
+        assert layer is not None
+        found += [(layer, entry) for entry in layer.entries[plan.adapter] if entry.method is placement.method]
+    return [one for one in found if _readable(*one)]
+
+
+def _readable(layer: AdaptedLayer, entry: Entry) -> bool:
+    weight = getattr(layer.leaf_layer, layer.kind.weight_name)
+    return entry.home is None and weight.device.type != "meta"
+
+
+def derive(plan: Plan, state: State, initial: bool) -> None:
+    """Let methods set the constants that follow from the base weights and that no checkpoint holds.
+
+    Args:
+        initial: the tensors that a checkpoint would hold have no values yet.
+    """
+    if derives(plan.method) or any(derives(placement.method) for placement in plan.placements):
+        _derive(state, plan.adapter, plan.method, plan.shared, _planned(plan), initial)
+
+
+def derive_loaded(state: State, adapter: str) -> None:
+    """Do the same for constants that follow from tensors that a checkpoint has brought."""
+    record = state.record(adapter)
+    if record.shared and derives(record.method):
+        layers = [layer for layer in state.layers() if isinstance(layer, AdaptedLayer)]
+        held = [(layer, entry) for layer in layers for entry in layer.entries.get(adapter, ())]
+        _derive(state, adapter, record.method, record.shared, [one for one in held if _readable(*one)], False)
+
+
+def derives(method: Method) -> bool:
+    """Whether a method has constants that follow from the base weights."""
+    return type(method).derive is not Method.derive or type(method).derive_shared is not Method.derive_shared
+
+
+@torch.no_grad()
+def _derive(state: State, adapter: str, method: Method, shared: dict[str, Slot], held: Held, initial: bool) -> None:
+    wanted = {role: slot for role, slot in shared.items() if initial or not slot.saved}
+    own = [(layer, entry) for layer, entry in held if entry.method is method]
+    if wanted and own and type(method).derive_shared is not Method.derive_shared:
+        p = P()
+        for role, slot in wanted.items():
+            setattr(p, role, find_tensor(state.shared, adapter, *slot.place))
+        method.derive_shared(p, _Bases(own))
+    for layer, entry in held:
+        if type(entry.method).derive is not Method.derive:
+            p = layer.params(entry, whole=True)
+            entry.method.derive(entry.site, p, wide_base(layer))
+            layer.put(entry, p)
+
+
+class _Bases:
+    """The maps of untouched layers, each read when its turn comes."""
+
+    def __init__(self, layers: Held) -> None:
+        self.layers = layers
+
+    def __iter__(self) -> Iterator[tuple[Site, Affine]]:
+        return ((entry.site, wide_base(layer)) for layer, entry in self.layers)
+
+
+@torch.no_grad()
+def prepare(plan: Plan, state: State, undo: list[Undo]) -> None:
+    """Let methods set initial values that depend on the base weight."""
+    for layer, entry in _planned(plan) if any(one.method.needs_base for one in plan.placements) else ():
+        if entry.method.needs_base:
+            p = layer.params(entry, whole=True)
+            rebased = entry.method.prepare(entry.site, p, wide_base(layer))
+            layer.put(entry, p)
+            if rebased is not None:
+                _rebase(layer, rebased, state, undo)
+
+
+def _rebase(layer: AdaptedLayer, rebased: Affine, state: State, undo: list[Undo]) -> None:
+    """Write the new base that an initialiser asks for, recording the old one."""
+    leaf = layer.leaf_layer
+    new = layer.kind.stored(leaf, layer.site, rebased)
+    old = {name: getattr(leaf, name).detach().clone() for name in new}
+    for name, tensor in old.items():
+        key = f"{layer.site.owner}.{name}"
+        if key not in state.base_values:
+            undo.append(partial(state.base_values.pop, key))
+            state.base_values[key] = tensor
+    undo.append(lambda: layer.write(old, (), {}))
+    layer.write(new, (), {})
