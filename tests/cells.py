@@ -27,7 +27,9 @@ from inlay.methods.ln_tuning import LNTuningConfig
 from inlay.methods.loha import LoHaConfig
 from inlay.methods.lora import LoraConfig
 from inlay.methods.oft import OFTConfig
+from inlay.methods.osf import OSFConfig
 from inlay.methods.pvera import PveraConfig
+from inlay.methods.supertuning import SupertuningConfig
 from inlay.methods.trainable_tokens import TrainableTokensConfig
 from inlay.methods.vera import VeraConfig
 from inlay.testing.layers import BATCH, LayerCase, Pair
@@ -59,6 +61,9 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "fourierft": lambda target: FourierFTConfig(n_frequency=8, scaling=30.0, **target),
     "fourierft_zero": lambda target: FourierFTConfig(n_frequency=6, scaling=30.0, init_weights=True, **target),
     "ln_tuning": lambda target: LNTuningConfig(**target),
+    "supertuning": lambda target: SupertuningConfig(sparsity=0.7, **target),
+    "supertuning_supra": lambda target: SupertuningConfig(sparsity=0.8, select_top=False, r=2, lora_alpha=3.0, **target),
+    "osf": lambda target: OSFConfig(**target),
     "trainable_tokens": lambda target: TrainableTokensConfig(token_indices=[6, 2, 3], **target),
 }
 # methods whose fresh adapter changes the output by design
@@ -233,8 +238,9 @@ class Cell:
         return not method_of(self.method).detaches
 
     def model(self, seed: int = 0) -> Pair:
-        """The base model: fixed random weights, norms too."""
-        return self.case.model(self.dtype, seed)
+        """The base model: fixed random weights, norms too; in eval mode where the method draws noise in training."""
+        model = self.case.model(self.dtype, seed)
+        return model.eval() if method_of(self.method).samples else model
 
     def batch(self, seed: int = 1) -> Tensor:
         """Inputs for ``BATCH`` samples."""

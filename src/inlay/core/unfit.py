@@ -24,7 +24,9 @@ def weightless(made: Plan, kind: Kind, site: Site, method: Method, base: nn.Modu
     """What belongs to a forward pass has no place where only the weight is rewritten."""
     if kind.activation:
         return None
-    if not method.mergeable or method.samples:
+    if method.samples and not getattr(made.config, "inference_mode", False):
+        return f"{type(method).__name__} draws noise in a forward pass, and here the layer only gets another weight"
+    if not method.mergeable:
         return f"{type(method).__name__} depends on the layer's input, and here the layer only gets another weight"
     if not site.bias and "bias" in method.slots(site):
         return "the update has a bias, and here the layer only gets another weight and has no bias of its own"

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inlay.config.types import method_name
 from inlay.core.merge import merge
 from inlay.core.method import Method
 from inlay.core.plan import plan
 from inlay.errors import ConfigError, InlayError, LawError, MergeError, UnsupportedError, did_you_mean
+from inlay.methods.ia3 import IA3Config
+from inlay.methods.ln_tuning import LNTuningConfig
 from inlay.methods.lora import LoraConfig
 from inlay.testing.laws import LAWS
 from inlay.testing.layers import LAYERS, LayerCase, Pair
@@ -24,7 +27,12 @@ __all__ = ["Checked", "check"]
 # Laws of gradients are for float64, where a difference is a mistake and no rounding; the others for what is used.
 EXACT = {"gradients_are_those_through_the_rewritten_weight", "numeric_gradient"}
 DTYPES = (torch.float32, torch.bfloat16)
-COMPANION = "LoRA"
+# A second adapter of the same layers is of the first of these that is another method, and goes there and back.
+COMPANIONS: dict[str, Callable[..., Any]] = {
+    "LORA": lambda **target: LoraConfig(r=4, lora_alpha=6, **target),
+    "IA3": lambda **target: IA3Config(feedforward_modules=[], **target),
+    "LN_TUNING": lambda **target: LNTuningConfig(**target),
+}
 
 
 @dataclass(frozen=True)
@@ -35,14 +43,22 @@ class MethodTrial:
     make: Callable[..., Any]
     case: LayerCase
     dtype: torch.dtype
-    companion: str = COMPANION
 
     def config(self, method: str | None = None, layers: tuple[str, ...] = ("first", "last")) -> Any:
-        target = self.case.target(layers)
-        return LoraConfig(r=4, lora_alpha=6, **target) if method == COMPANION else self.make(**target)
+        return COMPANIONS.get(method or "", self.make)(**self.case.target(layers))
+
+    @cached_property
+    def companion(self) -> str:
+        own = method_name(self.method.config_class.peft_type)
+        for name, make in COMPANIONS.items():
+            trial = MethodTrial(self.method, make, self.case, self.dtype)
+            if name != own and refusal(trial) is None and trial.unmergeable is None:
+                return name
+        return own
 
     def model(self) -> Pair:
-        return self.case.model(self.dtype)
+        model = self.case.model(self.dtype)
+        return model.eval() if self.method.samples else model  # noise obeys no law; in eval mode there is none
 
     def batch(self) -> Tensor:
         return self.case.batch(self.dtype)
@@ -75,6 +91,15 @@ class MethodTrial:
         except (MergeError, UnsupportedError) as error:
             return str(error)
         return None
+
+
+def refusal(trial: MethodTrial) -> str | None:
+    """Return the sentence with which planning refuses a method on a layer, or None."""
+    try:
+        plan(trial.model(), trial.config())
+    except InlayError as error:
+        return str(error)
+    return None
 
 
 @dataclass
@@ -149,12 +174,11 @@ def check(
             raise ConfigError(
                 f"{method.__name__} wants a {method.config_class.__name__}, found {type(config).__name__}"
             )
-        try:
-            plan(trial.model(), config)
-        except InlayError as error:
+        why = refusal(trial)
+        if why is not None:
             if name in needed:
-                raise LawError(f"{method.__name__} is refused on {name}: {error}") from error
-            done.refused[name] = str(error)
+                raise LawError(f"{method.__name__} is refused on {name}: {why}")
+            done.refused[name] = why
             continue
         done.held[name] = 0
         if trial.unmergeable is not None:
