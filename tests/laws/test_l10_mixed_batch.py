@@ -12,17 +12,16 @@ from inlay.errors import RoutingError
 from inlay.testing.laws import contexts
 from inlay.testing.laws.contexts import routed_subject
 
-# per sample: two methods, none at all, and ("elsewhere") an adapter that only the last layer has
-NAMES = ("two", "elsewhere", BASE, "one")
+NAMES = contexts.BATCHES[0]
 
 
 @pytest.mark.parametrize(
     "names",
-    [NAMES, ("one", "two", "one", "two"), (BASE,) * BATCH, ("elsewhere",) * BATCH],
+    [*contexts.BATCHES, (BASE,) * BATCH, ("elsewhere",) * BATCH],
     ids=["all", "two", "none", "same"],
 )
 def test_each_sample_as_if_alone(cell: Cell, names: tuple[str, ...]) -> None:
-    contexts.each_sample_as_if_alone(cell, names)
+    contexts.routed_as_if_alone(cell, names)
 
 
 def test_the_call_ends_with_the_block_and_leaves_no_trace(cell: Cell) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-__all__ = ["PeftType", "TaskType"]
+__all__ = ["PeftType", "TaskType", "method_name"]
 
 
 class PeftType(str, Enum):
@@ -70,3 +70,8 @@ class TaskType(str, Enum):
     TOKEN_CLS = "TOKEN_CLS"  # a label per token
     QUESTION_ANS = "QUESTION_ANS"  # a span of the context
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"  # hidden states as embeddings
+
+
+def method_name(peft_type: PeftType | str) -> str:
+    """Return the name of a method, one of PEFT's or one's own, as files have it."""
+    return str(getattr(peft_type, "value", peft_type))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from inlay.core import storage
 from inlay.core.affine import Affine, Site
+from inlay.core.bare import Light, bare
 from inlay.core.route import split_rows
 from inlay.core.slot import Slot
 from inlay.errors import NoBiasError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Holder", "Kind", "kind_of", "register_kind"]
 
 
-class Holder(nn.Module):
+class Holder(Light):
     """A module that only holds the tensors of one slot group; it has no forward of its own."""
 
 
@@ -141,7 +142,7 @@ class Kind:
 
     def leaf(self, site: Site, slot: Slot) -> nn.Module:
         """Return an empty module for a slot that asks for one that can be called (``slot.leaf``)."""
-        return Holder()
+        return bare(Holder)
 
 
 _kinds: list[Kind] = []
@@ -149,8 +150,8 @@ _by_class: dict[type[nn.Module], Kind | None] = {}
 
 
 def register_kind(kind: Kind) -> None:
-    """Add a kind; later ones are asked first."""
-    _kinds.insert(0, kind)
+    """Add a kind; later ones are asked first. An equal one that is there already gives way."""
+    _kinds[:] = [kind, *(one for one in _kinds if type(one) is not type(kind) or vars(one) != vars(kind))]
     _by_class.clear()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.config.types import method_name
 from inlay.core import storage
 from inlay.core.affine import Site
 from inlay.core.alike import Known, Slots, ask
@@ -23,7 +24,7 @@ from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
 from inlay.core.policy import INLAY, Policy
-from inlay.core.registry import method_class
+from inlay.core.registry import load_installed, method_class
 from inlay.core.replicate import Replication, installed, replication_of
 from inlay.core.retarget import retargeted
 from inlay.core.shared import share_out
@@ -33,7 +34,7 @@ from inlay.core.targets import Place, base_parameters, places, survey
 from inlay.core.unfit import unreadable, weightless
 from inlay.errors import InlayWarning, NoTargetError, TargetError, UnsupportedError
 from inlay.parallel.fsdp import refuse_managed
-from inlay.parallel.placement import Layout, layout_of
+from inlay.parallel.placement import Layout, is_alone, layout_of
 
 __all__ = ["Placement", "Plan", "place_method", "plan"]
 
@@ -244,6 +245,8 @@ def place_method(
     """
     base = place.base
     kind = kind or kind_of(base)
+    if kind is None and load_installed():  # a kind of another package may know it
+        kind = kind_of(base)
     if kind is None:
         raise TargetError(
             f"{place.path!r}, matched by {pattern!r}, is a {type(base).__name__}, which is no layer that can be "
@@ -258,11 +261,14 @@ def place_method(
     answers = ask(method, site, made.known)
     reason = reason or answers.refusal or weightless(made, kind, site, method, base)
     if reason is not None:
-        raise UnsupportedError(f"{method.config.peft_type.value} on {site.name!r} ({type(base).__name__}): {reason}")
+        raise UnsupportedError(
+            f"{method_name(method.config.peft_type)} on {site.name!r} ({type(base).__name__}): {reason}"
+        )
     if answers.note is not None:
         warnings.warn(f"{place.path!r}: {answers.note}", InlayWarning, stacklevel=4)
-    weight: Any = getattr(base, kind.weight_name)
+    weight: Any = base._parameters.get(kind.weight_name)
+    if weight is None:
+        weight = getattr(base, kind.weight_name)
     dtype = adapter_dtype(storage.floating_dtype(base, kind.weight_name), made.autocast)
-    layout = layout_of(base, kind, site)
-    numbers = dict(answers.options)
-    return Placement(place, site, kind, answers.slots, pattern, numbers, method, dtype, weight.device, layout)
+    layout = None if is_alone(base, weight) else layout_of(base, kind, site)
+    return Placement(place, site, kind, answers.slots, pattern, answers.options, method, dtype, weight.device, layout)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from inlay.config.types import method_name
+
 if TYPE_CHECKING:
     from inlay.core.plan import Placement, Plan
 
@@ -37,7 +39,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]], right: frozenset[i
 def plan_table(plan: Plan) -> str:
     """Return a plan as text: patterns and what they matched, sites, totals, bytes, and what matched nothing."""
     config = plan.config
-    lines = [f"{config.peft_type.value} {plan.adapter!r} on {type(plan.model).__name__}", ""]
+    lines = [f"{method_name(config.peft_type)} {plan.adapter!r} on {type(plan.model).__name__}", ""]
     lines += table(
         ("pattern", "matches", "first"),
         [(pattern, str(len(paths)), paths[0]) for pattern, paths in plan.matched.items()],

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from inlay.core.registry import load_installed
 from inlay.errors import UnsupportedError
 from inlay.parallel.tensors import is_distributed, scatter
 
@@ -29,6 +30,8 @@ class Storage:
         """Return a tensor as a plain one (a view where it already is)."""
         tensor: Tensor = getattr(module, name)
         if not tensor.is_floating_point():
+            if load_installed():  # a storage of another package may know it
+                return storage_of(module).read(module, name)
             raise UnsupportedError(
                 f"the {name} of a {type(module).__name__} is held as {tensor.dtype}, which no installed storage reads"
             )
@@ -51,8 +54,8 @@ _storages: list[Storage] = [PLAIN]
 
 
 def register_storage(storage: Storage) -> None:
-    """Add a storage; later ones are asked first."""
-    _storages.insert(0, storage)
+    """Add a storage; later ones are asked first. One of the same class that is there already gives way."""
+    _storages[:] = [storage, *(one for one in _storages if type(one) is not type(storage))]
 
 
 def storage_of(module: nn.Module) -> Storage:

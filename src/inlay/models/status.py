@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
+from inlay.config.types import method_name
 from inlay.core import storage
 from inlay.core.call import call_of
 from inlay.core.follow import Follower, follower_of
@@ -175,7 +176,7 @@ def _module_type(follower: Follower) -> str:
     entries = next(iter(follower.entries.values()), ())
     base = type(follower.get_base_layer()).__name__
     layer = "Linear" if base == "Conv1D" else base
-    return f"{str(entries[0].method.config.peft_type.value).lower()}.{layer}" if entries else layer
+    return f"{method_name(entries[0].method.config.peft_type).lower()}.{layer}" if entries else layer
 
 
 def _backend(follower: Follower) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
+from inlay.config.types import method_name
 from inlay.core.call import call_of, opened
 from inlay.core.policy import Policy
 from inlay.core.state import State
@@ -178,11 +179,9 @@ class Wrapper(nn.Module):
         """Refuse a second method where the policy wants one only."""
         others = {record.config.peft_type for record in self.state.records.values()} - {config.peft_type}
         if others and not self.state.policy.any_methods:
-            found = ", ".join(sorted(str(getattr(other, "value", other)) for other in others))
-            raise UnsupportedError(
-                f"this model has {found} adapters, so it cannot take one of {config.peft_type.value}; "
-                "get_peft_model(..., mixed=True) makes a model that can"
-            )
+            found, new = ", ".join(sorted(map(method_name, others))), method_name(config.peft_type)
+            way = "get_peft_model(..., mixed=True) makes a model that can"
+            raise UnsupportedError(f"this model has {found} adapters, so it cannot take one of {new}; {way}")
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter or several, in this order, and no other.

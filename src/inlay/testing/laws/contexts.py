@@ -22,7 +22,13 @@ from inlay.testing.subject import (
     same_keys,
 )
 
-__all__ = ["checkpointed_equals_plain", "compiled_equals_eager", "each_sample_as_if_alone", "routed_subject"]
+__all__ = [
+    "checkpointed_equals_plain",
+    "compiled_equals_eager",
+    "each_sample_as_if_alone",
+    "routed_as_if_alone",
+    "routed_subject",
+]
 
 
 def compiled_equals_eager(cell: Trial) -> None:
@@ -52,11 +58,18 @@ def routed_subject(cell: Trial) -> Subject:
     return subject
 
 
-def each_sample_as_if_alone(cell: Trial, names: tuple[str, ...] = ("two", "elsewhere", BASE, "one")) -> None:
-    """L10: a batch whose samples ask for different adapters equals each sample run alone, forward and gradients.
+# per sample: two methods, none at all, and ("elsewhere") an adapter that only the last layer has; two samples of each
+BATCHES = (("two", "elsewhere", BASE, "one"), ("one", "two", "one", "two"))
 
-    By default: two methods, no adapter at all, and one that only the last layer has.
-    """
+
+def each_sample_as_if_alone(cell: Trial) -> None:
+    """L10: a batch whose samples ask for different adapters equals each sample run alone, forward and gradients."""
+    for names in BATCHES:
+        routed_as_if_alone(cell, names)
+
+
+def routed_as_if_alone(cell: Trial, names: tuple[str, ...]) -> None:
+    """Run a batch whose samples ask for these adapters, and each sample alone."""
     everything = ("one", "two", "elsewhere")
     subject = routed_subject(cell)
     x = subject.x.clone().requires_grad_() if subject.x.is_floating_point() else subject.x
