@@ -1,0 +1,208 @@
+"""Structured update operators: a few numbers that make a whole matrix, kept apart until someone needs it dense.
+
+How each is multiplied into features without making the matrix is said in ``kernels.structured``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from inlay.core.affine import Delta
+
+__all__ = ["BlockLowRank", "Circulant", "Kron", "Repeated", "Sandwich", "Sparse", "Structured", "Synthesis"]
+
+
+class Structured(Delta):
+    """An update whose factors can be brought to another dtype.
+
+    Attributes:
+        factors: the attributes that hold floating-point tensors.
+    """
+
+    factors: ClassVar[tuple[str, ...]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+        held: Tensor = getattr(self, self.factors[0])
+        return held.dtype
+
+    def to(self, dtype: torch.dtype) -> Structured:
+        """Return the update with factors in ``dtype``; this one if they are."""
+        if all(getattr(self, name).dtype == dtype for name in self.factors):
+            return self
+        other = copy.copy(self)
+        for name in self.factors:
+            setattr(other, name, getattr(self, name).to(dtype))
+        return other
+
+    def matrix(self) -> Tensor:
+        """Return the update as a matrix (out, fan_in), without its scale."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        return self.matrix() * self.scale
+
+
+class Kron(Structured):
+    """The Kronecker product of two matrices.
+
+    Args:
+        left: (a, c).
+        right: (b, d); the update is (a * b, c * d).
+    """
+
+    factors = ("left", "right")
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left = left
+        self.right = right
+        self.scale = 1.0
+
+    def matrix(self) -> Tensor:
+        product = self.left[:, None, :, None] * self.right[None, :, None, :]
+        return product.flatten(2).flatten(0, 1)
+
+
+class Circulant(Structured):
+    """Blocks (b, b) whose rows are one vector, turned by one more place in each row: ``block[k, t] = w[t - k]``.
+
+    Args:
+        kernel: (m, n, b), the first row of each block; the update is (m * b, n * b).
+    """
+
+    factors = ("kernel",)
+
+    def __init__(self, kernel: Tensor) -> None:
+        self.kernel = kernel
+        self.scale = 1.0
+
+    def to(self, dtype: torch.dtype) -> Structured:
+        return super().to(torch.promote_types(dtype, torch.float32))  # Fourier transforms know no half precision
+
+    def matrix(self) -> Tensor:
+        m, n, b = self.kernel.shape
+        place = torch.arange(b, device=self.kernel.device)
+        turned = self.kernel[..., (place - place.unsqueeze(1)) % b]  # (m, n, b, b)
+        return turned.transpose(1, 2).reshape(m * b, n * b)
+
+
+class BlockLowRank(Structured):
+    """A grid of k x k blocks, each of low rank, whose factors are shared along its row and its column.
+
+    Args:
+        A: (k, fan_in / k, r): the block of inputs n maps to r numbers, r / k for each block of outputs.
+        B: (k, r, out / k): the block of outputs j is made of r numbers, r / k from each block of inputs.
+    """
+
+    factors = ("A", "B")
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        self.A = A
+        self.B = B
+        self.scale = 1.0
+
+    def matrix(self) -> Tensor:
+        k = self.A.shape[0]
+        down = self.A.unflatten(-1, (k, -1))  # (n, i, j, s)
+        up = self.B.unflatten(1, (k, -1))  # (j, n, s, o)
+        blocks = torch.einsum("nijs,jnso->joni", down, up)
+        return blocks.flatten(2).flatten(0, 1)
+
+
+class Repeated(Structured):
+    """One small matrix, laid out again and again over the whole; what reaches over the edges is cut off.
+
+    Args:
+        tile: (m, r).
+        out, fan_in: shape of the update.
+    """
+
+    factors = ("tile",)
+
+    def __init__(self, tile: Tensor, out: int, fan_in: int) -> None:
+        self.tile = tile
+        self.out = out
+        self.fan_in = fan_in
+        self.scale = 1.0
+
+    @property
+    def times(self) -> tuple[int, int]:
+        """How often the tile stands below itself and beside itself."""
+        m, r = self.tile.shape
+        return -(-self.out // m), -(-self.fan_in // r)
+
+    def matrix(self) -> Tensor:
+        return self.tile.repeat(self.times)[: self.out, : self.fan_in]
+
+
+class Sparse(Structured):
+    """An update of single entries.
+
+    Args:
+        rows, columns: (n,) integers; no entry twice.
+        values: (n,).
+        out, fan_in: shape of the update.
+    """
+
+    factors = ("values",)
+
+    def __init__(self, rows: Tensor, columns: Tensor, values: Tensor, out: int, fan_in: int) -> None:
+        self.rows = rows
+        self.columns = columns
+        self.values = values
+        self.out = out
+        self.fan_in = fan_in
+        self.scale = 1.0
+
+    def matrix(self) -> Tensor:
+        places = self.rows.long() * self.fan_in + self.columns
+        flat = self.values.new_zeros(self.out * self.fan_in).index_copy(0, places, self.values)
+        return flat.view(self.out, self.fan_in)
+
+
+class Synthesis(Protocol):
+    """A fixed linear map from ``size`` coefficients to features, with no matrix of its own."""
+
+    size: int
+
+    def __call__(self, coefficients: Tensor) -> Tensor:
+        """Map (..., size) to (..., features)."""
+
+    def transpose(self, features: Tensor) -> Tensor:
+        """Map (..., features) to (..., size), by the transposed matrix."""
+
+
+class Sandwich(Structured):
+    """``S_out C S_in^T``: sparse coefficients between two fixed maps.
+
+    Args:
+        core: the coefficients, (out's size, input's size).
+        out: maps them to the rows of the update.
+        inputs: maps them to its columns.
+    """
+
+    factors = ("values",)
+
+    def __init__(self, core: Sparse, out: Synthesis, inputs: Synthesis) -> None:
+        self.core = core
+        self.out = out
+        self.inputs = inputs
+        self.scale = 1.0
+
+    @property
+    def values(self) -> Tensor:
+        """The coefficients' values."""
+        return self.core.values
+
+    @values.setter
+    def values(self, values: Tensor) -> None:
+        self.core = copy.copy(self.core)
+        self.core.values = values
+
+    def matrix(self) -> Tensor:
+        return self.out(self.inputs(self.core.matrix()).mT).mT
