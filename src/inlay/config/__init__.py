@@ -17,6 +17,7 @@ from inlay.config.fields import (
     TargetFields,
     bias_setting,
     check_pattern,
+    check_pattern_keys,
 )
 from inlay.config.files import (
     CONFIG_NAME,
@@ -54,6 +55,7 @@ __all__ = [
     "bias_setting",
     "check_field",
     "check_pattern",
+    "check_pattern_keys",
     "default_feedforward",
     "default_targets",
     "families",

@@ -23,6 +23,7 @@ __all__ = [
     "TargetFields",
     "bias_setting",
     "check_pattern",
+    "check_pattern_keys",
     "setting",
 ]
 
@@ -75,7 +76,7 @@ def _check_names(config: Any, field: str) -> None:
         setattr(config, field, set(value))
 
 
-def _check_patterns(config: Any, field: str) -> None:
+def check_pattern_keys(config: Any, field: str) -> None:
     """Check the patterns that a mapping has as its keys; None stands for none."""
     patterns = getattr(config, field)
     if patterns is None:
@@ -179,7 +180,7 @@ class RankPatternField:
     )
 
     def check_fields(self) -> None:
-        _check_patterns(self, "rank_pattern")
+        check_pattern_keys(self, "rank_pattern")
 
 
 @settings
@@ -192,7 +193,7 @@ class PatternFields(RankPatternField):
     )
 
     def check_fields(self) -> None:
-        _check_patterns(self, "alpha_pattern")
+        check_pattern_keys(self, "alpha_pattern")
 
 
 @settings

@@ -152,7 +152,7 @@ def _unmatched_lines(made: Plan) -> list[str]:
 
 def check_patterns(made: Plan) -> None:
     """Judge what matched nothing, by the policy."""
-    for name in ("rank_pattern", "alpha_pattern", "n_frequency_pattern"):
+    for name in ("rank_pattern", "alpha_pattern", "n_frequency_pattern", "block_size_pattern", "lambda_pattern"):
         for key in getattr(made.method.config, name, None) or {}:
             if not any(pattern_key([key], p.site.name, made.policy.prefix_patterns) for p in made.placements):
                 made.unmatched[f"{name}: {key}"] = nearest(key, [p.site.name for p in made.placements])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from inlay.core.affine import Affine, Columns, Delta, Hadamard, LowRank, Site
 from inlay.core.dtype import product_dtype
 from inlay.core.kind import Kind
+from inlay.core.structured import Structured
 from inlay.parallel.tensors import decide, summed
 
 __all__ = ["FAST", "apply_delta", "embed_scale", "fast_path", "look_up", "pad_input"]
@@ -80,12 +81,14 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def _cast(kind: Kind, module: nn.Module, site: Site, x: Tensor, delta: Delta, compute: str) -> Delta:
-    """Bring the factors of a low-rank update to the dtype that the products run in."""
-    if not isinstance(delta, LowRank):
+    """Bring the factors of an update to the dtype that the products run in."""
+    if not isinstance(delta, (LowRank, Structured)):
         return delta
-    dtype = product_dtype(x, delta.A.dtype, compute)
+    dtype = product_dtype(x, delta.A.dtype if isinstance(delta, LowRank) else delta.dtype, compute)
     if site.lookup and compute == "base":
         dtype = kind.weight_dtype(module) or dtype
+    if isinstance(delta, Structured):
+        return delta.to(dtype)
     if delta.A.dtype == dtype and delta.B.dtype == dtype:
         return delta
     return LowRank(delta.B.to(dtype), delta.A.to(dtype), groups=delta.groups)
