@@ -21,14 +21,24 @@ from torch import Tensor, nn
 from inlay.core.plan import plan
 from inlay.core.registry import method_class
 from inlay.errors import InlayError
+from inlay.methods.beft import BeftConfig
+from inlay.methods.boft import BOFTConfig
+from inlay.methods.deft import DeftConfig
 from inlay.methods.fourierft import FourierFTConfig
+from inlay.methods.glora import GloraConfig
+from inlay.methods.hira import HiraConfig
+from inlay.methods.hra import HRAConfig
 from inlay.methods.ia3 import IA3Config
 from inlay.methods.ln_tuning import LNTuningConfig
 from inlay.methods.loha import LoHaConfig
-from inlay.methods.lora import LoraConfig
+from inlay.methods.lora import EvaConfig, LoftQConfig, LoraConfig
 from inlay.methods.oft import OFTConfig
 from inlay.methods.osf import OSFConfig
+from inlay.methods.peanut import PeanutConfig
+from inlay.methods.psoft import PsoftConfig
 from inlay.methods.pvera import PveraConfig
+from inlay.methods.randlora import RandLoraConfig
+from inlay.methods.road import RoadConfig
 from inlay.methods.supertuning import SupertuningConfig
 from inlay.methods.trainable_tokens import TrainableTokensConfig
 from inlay.methods.vera import VeraConfig
@@ -46,9 +56,23 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "lora_rs": lambda target: LoraConfig(r=2, lora_alpha=3, use_rslora=True, **target),
     "lora_random": lambda target: LoraConfig(r=4, init_lora_weights=False, **target),
     "lora_gaussian": lambda target: LoraConfig(r=4, init_lora_weights="gaussian", **target),
+    "lora_pissa": lambda target: LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", **target),
+    "lora_pissa_niter": lambda target: LoraConfig(r=4, init_lora_weights="pissa_niter_2", **target),
+    "lora_olora": lambda target: LoraConfig(r=4, lora_alpha=6, init_lora_weights="olora", **target),
+    "lora_mica": lambda target: LoraConfig(r=4, lora_alpha=6, init_lora_weights="mica", **target),
+    "lora_orthogonal": lambda target: LoraConfig(r=4, lora_alpha=6, init_lora_weights="orthogonal", **target),
+    "lora_loftq": lambda target: LoraConfig(
+        r=4, lora_alpha=6, init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_iter=2), **target
+    ),
+    "lora_eva": lambda target: LoraConfig(
+        r=4, lora_alpha=6, init_lora_weights="eva", eva_config=EvaConfig(), **target
+    ),
     "lora_bias": lambda target: LoraConfig(r=4, lora_alpha=6, lora_bias=True, **target),
     "lora_base_bias": lambda target: LoraConfig(r=4, lora_alpha=6, bias="all", **target),
     "dora": lambda target: LoraConfig(r=4, lora_alpha=6, use_dora=True, **target),
+    "dora_pissa": lambda target: LoraConfig(
+        r=2, lora_alpha=3, use_dora=True, use_rslora=True, init_lora_weights="pissa", **target
+    ),
     "ia3": lambda target: IA3Config(feedforward_modules=[], **target),
     "ia3_input": lambda target: IA3Config(feedforward_modules=target["target_modules"], **target),
     "loha": lambda target: LoHaConfig(r=3, alpha=5, **target),
@@ -57,6 +81,31 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "oft_cayley": lambda target: OFTConfig(oft_block_size=3, use_cayley_neumann=False, **target),
     "oft_shared": lambda target: OFTConfig(oft_block_size=4, block_share=True, coft=True, eps=2.0, **target),
     "pvera": lambda target: PveraConfig(r=5, d_initial=0.7, **target),
+    "randlora": lambda target: RandLoraConfig(r=3, randlora_alpha=12, **target),
+    "randlora_sparse": lambda target: RandLoraConfig(r=5, randlora_alpha=20, sparse=True, **target),
+    "boft": lambda target: BOFTConfig(boft_block_size=4, **target),
+    "boft_butterfly": lambda target: BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=2, **target),
+    "hra": lambda target: HRAConfig(r=4, **target),
+    "hra_joint": lambda target: HRAConfig(r=3, apply_GS=True, **target),
+    "road": lambda target: RoadConfig(group_size=4, **target),
+    "road_2": lambda target: RoadConfig(variant="road_2", group_size=4, **target),
+    "road_4": lambda target: RoadConfig(variant="road_4", group_size=2, **target),
+    "hira": lambda target: HiraConfig(r=4, **target),
+    "deft": lambda target: DeftConfig(r=4, alpha=6, **target),
+    "deft_qr": lambda target: DeftConfig(r=3, decomposition_method="qr", **target),
+    "deft_para": lambda target: DeftConfig(r=3, para=True, decomposition_method="qr", **target),
+    "glora": lambda target: GloraConfig(r=4, **target),
+    "glora_vector": lambda target: GloraConfig(
+        config_A_B="vector", config_C="vector", config_D_E="vector", **target
+    ),
+    "glora_constant": lambda target: GloraConfig(config_A_B="constant", config_C="none", **target),
+    "psoft": lambda target: PsoftConfig(r=4, psoft_alpha=6, **target),
+    "psoft_free": lambda target: PsoftConfig(
+        r=3, psoft_orth=False, psoft_mag_a=False, ab_svd_init="pissa_init", **target
+    ),
+    "beft": lambda target: BeftConfig(**target),
+    "peanut": lambda target: PeanutConfig(r=4, act_fn="silu", **target),
+    "peanut_deep": lambda target: PeanutConfig(r=4, depth=2, act_fn="gelu", scaling=0.5, **target),
     "vera": lambda target: VeraConfig(r=5, d_initial=0.7, **target),
     "fourierft": lambda target: FourierFTConfig(n_frequency=8, scaling=30.0, **target),
     "fourierft_zero": lambda target: FourierFTConfig(n_frequency=6, scaling=30.0, init_weights=True, **target),
@@ -67,7 +116,7 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "trainable_tokens": lambda target: TrainableTokensConfig(token_indices=[6, 2, 3], **target),
 }
 # methods whose fresh adapter changes the output by design
-CHANGES_AT_INIT = {"lora_random", "fourierft"}
+CHANGES_AT_INIT = {"lora_random", "lora_loftq", "hra_joint", "deft_para", "fourierft"}
 # methods that train base parameters, which one adapter of a model can do
 TRAINS_BASE = {"lora_base_bias"}
 
@@ -139,9 +188,11 @@ REFUSED: list[tuple[str, str, str]] = [
     ("lora_bias", "attention_batch_first", "no bias of its own"),
     ("lora_bias", "experts*", "a layer that can have a bias"),
     ("lora_bias", "parameter", "a layer that can have a bias"),
-    ("dora", "conv2d_grouped", "crosses groups"),
-    ("dora", "conv2d_depthwise", "crosses groups"),
-    ("dora", "[!e]*norm*", "a single number has none"),
+    ("dora*", "conv2d_grouped", "crosses groups"),
+    ("dora*", "conv2d_depthwise", "crosses groups"),
+    ("dora*", "[!e]*norm*", "a single number has none"),
+    *((m, "[!e]*norm*", "which has 1; lower r") for m in ("lora_pissa*", "lora_olora", "lora_mica", "lora_loftq")),
+    *((m, "embedding_max_norm", "what the start") for m in ("?ora_pissa*", "lora_olora", "lora_loftq")),
     ("ia3_input", "[!e]*norm*", "takes back any factor on its input"),
     ("oft", "conv2d_grouped", "reaches across the groups"),
     ("oft", "conv2d_depthwise", "reaches across the groups"),
@@ -151,29 +202,37 @@ REFUSED: list[tuple[str, str, str]] = [
     ("trainable_tokens", "conv?d_[!h]*", "rows of an embedding or of an output head"),
     ("trainable_tokens", "conv?d", "rows of an embedding or of an output head"),
     ("trainable_tokens", "[!e]*norm*", "rows of an embedding or of an output head"),
-    ("ia3*", "experts*", "target_parameters"),
-    ("ia3*", "parameter", "target_parameters"),
-    ("loha*", "experts*", "target_parameters"),
-    ("loha*", "parameter", "target_parameters"),
-    ("oft*", "experts*", "target_parameters"),
-    ("oft*", "parameter", "target_parameters"),
-    ("*vera", "experts*", "target_parameters"),
-    ("*vera", "parameter", "target_parameters"),
     ("pvera", "[!e]*norm*", "draws noise in a forward pass"),
     ("pvera", "attention*", "draws noise in a forward pass"),
-    ("fourierft*", "experts*", "target_parameters"),
-    ("fourierft*", "parameter", "target_parameters"),
-    ("ln_tuning", "experts*", "target_parameters"),
-    ("ln_tuning", "parameter", "target_parameters"),
-    ("trainable_tokens", "experts*", "target_parameters"),
-    ("trainable_tokens", "parameter", "target_parameters"),
+    ("osf", "[!e]*norm*", "no singular direction to keep"),
+    ("boft*", "conv2d_grouped", "reaches across the groups"),
+    ("boft*", "conv2d_depthwise", "reaches across the groups"),
+    ("hra*", "conv2d_grouped", "reaches across the groups"),
+    ("hra*", "conv2d_depthwise", "reaches across the groups"),
+    ("road*", "conv2d_depthwise", "reaches across the groups"),
+    ("boft*", "[!e]*norm*", "cannot be rotated"),
+    ("hra*", "[!e]*norm*", "cannot be rotated"),
+    ("road*", "[!e]*norm*", "multiplies each feature by itself"),
+    ("psoft*", "[!e]*norm*", "a rank of 1 at most"),
+    ("beft", "rmsnorm*", "no bias of its own"),
+    ("beft", "attention_batch_first", "no bias of its own"),
+    *(("pvera", kind, "draws noise in a forward pass") for kind in ("experts*", "parameter")),
+    *(("beft", kind, "no bias of its own") for kind in ("experts*", "parameter")),
+    ("trainable_tokens", "experts*", "rows of an embedding or of an output head"),
     ("*", "attention_kdim", "holds three projections apart"),
 ]
 # planned and run, but not written into a weight
 UNMERGEABLE: list[tuple[str, str, str]] = [
     ("lora", "conv2d_grouped", "crosses them"),
     ("lora_*", "conv2d_grouped", "crosses them"),
-    *((m, "embedding_max_norm", "renormalises rows above max_norm") for m in METHODS if not m.startswith("oft")),
+    ("beft", "linear_nobias", "no bias"),
+    ("beft", "conv2d", "no bias"),
+    ("beft", "embedding*", "no bias"),
+    *(
+        (m, "embedding_max_norm", "renormalises rows above max_norm")
+        for m in METHODS
+        if not m.startswith(("oft", "hra", "deft_para"))
+    ),
     ("lora_bias", "linear_nobias", "no bias"),
     ("lora_bias", "conv2d", "no bias"),
 ]
