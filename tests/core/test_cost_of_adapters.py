@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 
 import inlay
 from inlay.core.follow import base_modules
+from inlay.core.layer import AdaptedLayer
 from inlay.core.policy import INLAY
 from inlay.models import operate
 
@@ -131,14 +134,57 @@ def test_a_subclass_that_reads_names_is_asked_at_every_site() -> None:
 def test_bare_modules_are_what_constructors_make() -> None:
     from inlay.core.bare import bare
 
-    for cls in (nn.ModuleDict, nn.Identity):
-        made, told = bare(cls), cls()
+    for cls in (nn.Conv2d, nn.ModuleDict):
+        made, told = bare(cls), nn.Module()
         assert list(made.__dict__) == list(told.__dict__)
         for name, value in told.__dict__.items():
             assert type(made.__dict__[name]) is type(value)
             assert made.__dict__[name] == value
             if isinstance(value, (dict, set)):
                 assert made.__dict__[name] is not bare(cls).__dict__[name]
+
+
+def test_a_light_module_has_its_tables_once_they_are_asked_for() -> None:
+    from inlay.core.bare import Light, Names, NoDropout, bare
+    from inlay.kinds.linear import Factor
+
+    told = nn.Module()
+    for cls in (Names, NoDropout, Factor):
+        made, other = bare(cls), bare(cls)
+        assert len(made.__dict__) == 4 < len(told.__dict__)
+        for name, value in told.__dict__.items():
+            table = getattr(made, name)
+            assert type(table) is type(value)
+            assert table == value
+            assert getattr(made, name) is table
+            if isinstance(value, (dict, set)):
+                assert table is not getattr(other, name)
+                assert made.__dict__[name] is table
+        for again in (copy.deepcopy(other), pickle.loads(pickle.dumps(bare(cls)))):
+            assert type(again) is cls
+    assert isinstance(bare(Names), nn.ModuleDict)
+    assert repr(bare(Names)) == repr(nn.ModuleDict())
+    assert repr(bare(NoDropout)) == repr(nn.Identity())
+    assert issubclass(AdaptedLayer, Light)
+
+
+def test_hooks_on_the_modules_of_an_adapter_are_called() -> None:
+    tower = Tower(1)
+    layer: Any = tower.blocks[0].q
+    inlay.inject(inlay.plan(tower, inlay.LoraConfig(r=2, target_modules=["q"])))
+    layer = tower.blocks[0].q
+    seen: list[str] = []
+    factor, other = layer.lora_A["default"], layer.lora_B["default"]
+    handle = factor.register_forward_hook(lambda *_: seen.append("after"))
+    factor.register_forward_pre_hook(lambda *_: seen.append("before"))
+    factor(torch.ones(1, factor.in_features))
+    other(torch.ones(1, other.in_features))
+    handle.remove()
+    factor(torch.ones(1, factor.in_features))
+    assert seen == ["before", "after", "before"]
+    layer.lora_dropout["default"].register_state_dict_post_hook(lambda *_: seen.append("saved"))
+    tower.state_dict()
+    assert seen[3:] == ["saved"]
 
 
 def test_values_do_not_depend_on_what_was_drawn_before() -> None:

@@ -5,22 +5,41 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from inlay.core.affine import Site
 from inlay.core.entry import Roles
 from inlay.core.method import Method
 from inlay.core.slot import Slot
 
-__all__ = ["Answers", "Known", "Slots", "ask"]
+__all__ = ["Answers", "Hung", "Known", "Slots", "ask"]
+
+
+class Hung(NamedTuple):
+    """Where one slot's tensor hangs; ``plain`` in a module of the adapter's, in one container right below the layer."""
+
+    role: str
+    slot: Slot
+    containers: tuple[str, ...]
+    leaf: str
+    plain: bool
 
 
 class Slots(dict[str, Slot]):
     """Slots by role; knows where their tensors hang."""
 
     @cached_property
+    def hung(self) -> tuple[Hung, ...]:
+        return tuple(Hung(role, slot, *slot.place, _is_plain(slot)) for role, slot in self.items())
+
+    @cached_property
     def roles(self) -> Roles:
         return Roles.of(self)
+
+
+def _is_plain(slot: Slot) -> bool:
+    containers, leaf = slot.place
+    return bool(leaf) and "." not in leaf and len(containers) == 1 and not slot.buffer
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.affine import LowRank
-from inlay.core.bare import bare
+from inlay.core.bare import Names, bare
 from inlay.core.entry import Entry, find_tensor
 from inlay.core.hanging import container, hang
 from inlay.core.method import Method
@@ -215,7 +215,7 @@ def _entry(layer: AdaptedLayer, like: Entry, name: str, rank: int) -> Entry:
         hang(entry.home, name, slot, whole, _bare_module)
     p = _dropout(layer, like)
     if p and like.method.dropout_field is not None:
-        holder = container(entry.home, (like.method.dropout_field,), nn.ModuleDict)
+        holder = container(entry.home, (like.method.dropout_field,), Names)
         holder._modules[name] = _Dropout(p, layer)
     return entry
 
@@ -234,7 +234,7 @@ def _dropout(layer: AdaptedLayer, entry: Entry) -> float | None:
     home: Any = layer if entry.home is None else entry.home
     held = None if entry.method.dropout_field is None else home._modules.get(entry.method.dropout_field)
     module = None if held is None else held._modules.get(entry.name)
-    if module is None or type(module) is nn.Identity:
+    if module is None or isinstance(module, nn.Identity):
         return 0.0
     return float(module.p) if type(module) in (nn.Dropout, _Dropout) else None
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from inlay.core.bare import begin
+from inlay.core.bare import Light, begin
 from inlay.core.call import opened
 from inlay.core.state import BASE, State
 from inlay.errors import RoutingError
@@ -15,7 +15,7 @@ from inlay.errors import RoutingError
 __all__ = ["Follower", "base_modules", "follower_of"]
 
 
-class Follower(nn.Module):
+class Follower(Light):
     """Base of what adapters put into a model: adapted layers, modules with full copies, and layers that others wrote.
 
     The first two stand in the model themselves. A layer that others wrote does so too, and a follower that hangs beside
@@ -29,6 +29,7 @@ class Follower(nn.Module):
     """
 
     base_attribute: ClassVar[str]
+    _eager = ("_backward_pre_hooks", "_backward_hooks", "_forward_hooks", "_forward_pre_hooks")
 
     def __init__(self) -> None:
         begin(self)

@@ -128,7 +128,7 @@ def fused_dtype(layer: AdaptedLayer, deltas: Sequence[LowRank], x: Tensor) -> to
 def active_dropout(p: P) -> nn.Module | None:
     """Return the adapter's dropout, if it drops anything now."""
     drop: Any = p._dropout
-    if drop is None or type(drop) is nn.Identity:
+    if drop is None or isinstance(drop, nn.Identity):
         return None
     return None if type(drop) is nn.Dropout and (not drop.training or drop.p == 0.0) else drop
 

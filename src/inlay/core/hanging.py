@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from inlay.core.bare import bare
+from inlay.core.bare import Names, bare
 from inlay.core.entry import AdapterTensors
 from inlay.core.holder import EntryHolder
 from inlay.core.slot import Slot
 from inlay.core.state import State
 
-__all__ = ["container", "dismount", "drop_shared", "forget_unused", "hang"]
+if TYPE_CHECKING:
+    from inlay.core.plan import Placement
+
+__all__ = ["container", "dismount", "drop_shared", "forget_unused", "hang", "hang_all"]
 
 
 def hang(
@@ -29,8 +33,8 @@ def hang(
     It has a gradient if ``trainable`` and if its slot lets it have one.
     """
     containers, leaf = slot.place
-    value = tensor if slot.buffer else nn.Parameter(tensor, requires_grad=trainable and slot.trainable)
-    holder: Any = container(home, containers, nn.ModuleDict if leaf else AdapterTensors)
+    value = tensor if slot.buffer else _parameter(tensor, trainable and slot.trainable)
+    holder: Any = container(home, containers, Names if leaf else AdapterTensors)
     if not leaf:
         holder[adapter] = value
         if slot.buffer and not slot.saved:
@@ -47,6 +51,34 @@ def hang(
             module._non_persistent_buffers_set.add(leaf)
     else:
         module._parameters[leaf] = value
+
+
+def hang_all(
+    layer: nn.Module, adapter: str, placement: Placement, tensors: dict[str, Tensor], trainable: bool = True
+) -> None:
+    """Register a placement's tensors below its layer; see :func:`hang`."""
+    kind, site = placement.kind, placement.site
+    below: dict[str, Any] = layer._modules
+    for role, slot, containers, leaf, plain in placement.slots.hung:
+        if not plain:
+            hang(layer, adapter, slot, tensors[role], partial(kind.leaf, site, slot), trainable)
+            continue
+        name = containers[0]
+        holder = below.get(name)  # the usual case, with few calls: a model has thousands of places
+        if holder is None:
+            holder = below[name] = bare(Names)
+        held = holder._modules
+        module = held.get(adapter)
+        if module is None:
+            module = held[adapter] = kind.leaf(site, slot)
+            module.__dict__["training"] = layer.training
+        module._parameters[leaf] = _parameter(tensors[role], trainable and slot.trainable)
+
+
+def _parameter(tensor: Tensor, trainable: bool) -> nn.Parameter:
+    if type(tensor) is Tensor:
+        return Tensor._make_subclass(nn.Parameter, tensor, trainable)  # all that the constructor does with such
+    return nn.Parameter(tensor, requires_grad=trainable)
 
 
 def drop_shared(state: State, slots: dict[str, Slot], adapter: str) -> None:
@@ -106,9 +138,10 @@ def _drop(layer: nn.Module, path: tuple[str, ...], adapter: str) -> None:
             return
         holders.append(found)
     last = holders[-1]
-    for table in (last._modules, last._parameters, last._buffers):
-        table.pop(adapter, None)
-    last._non_persistent_buffers_set.discard(adapter)
+    last._modules.pop(adapter, None)
+    last._parameters.pop(adapter, None)
+    if last._buffers.pop(adapter, None) is not None:
+        last._non_persistent_buffers_set.discard(adapter)
     for depth in range(len(path), 0, -1):
         held = holders[depth]
         if held._modules or held._parameters or held._buffers:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.bare import bare
+from inlay.core.bare import Names, NoDropout, bare
 from inlay.core.build import build, build_shared
 from inlay.core.collect import uncollected
 from inlay.core.eject import restore_grad
 from inlay.core.entry import Entry
 from inlay.core.follow import base_modules
-from inlay.core.hanging import container, dismount, drop_shared, hang
+from inlay.core.hanging import container, dismount, drop_shared, hang, hang_all
 from inlay.core.initial import Undo, derive, prepare, standing
 from inlay.core.join import joined, offsets
 from inlay.core.layer import AdaptedLayer
@@ -24,11 +24,15 @@ from inlay.core.plan import Placement, Plan
 from inlay.core.readers import silence_readers
 from inlay.core.shared import register_shared
 from inlay.core.state import Record, State
-from inlay.core.targets import base_parameters
+from inlay.core.surface import LayerSurface
+from inlay.core.targets import Place, base_parameters
 from inlay.errors import StateError
 from inlay.parallel.hooks import lift, lower
 
 __all__ = ["freeze", "inject", "mount", "occupy"]
+
+# What was done to layers, in order: one was put where a module stood, or (without module and place) an adapter into one.
+Placed = list[tuple[AdaptedLayer, nn.Module | None, Place | None]]
 
 
 @uncollected
@@ -128,9 +132,15 @@ def occupy(
 
     ``modules`` is what :func:`inlay.core.follow.base_modules` yields, where that is known.
     """
+    placed: Placed = []
+    undo.append(partial(_displace, plan.adapter, state, placed))
     for placement, tensors in built:
-        layer = _adapted(placement, state, undo)
-        layer.receive(plan.adapter, placement.method, partial(mount, layer, plan, placement, tensors, undo, trainable))
+        layer = _adapted(placement, state, placed)
+        if type(layer).receive is LayerSurface.receive:
+            mount(layer, plan, placement, tensors, placed, trainable)
+        else:
+            mounting = partial(mount, layer, plan, placement, tensors, placed, trainable)
+            layer.receive(plan.adapter, placement.method, mounting)
     for place, _ in plan.copies:
         _copy_module(place, plan.adapter, state, undo, trainable)
     _tie_copies(plan)
@@ -150,7 +160,18 @@ def freeze(model: nn.Module, state: State, parameters: dict[str, nn.Parameter], 
     return above
 
 
-def _adapted(placement: Placement, state: State, undo: list[Undo]) -> AdaptedLayer:
+def _displace(adapter: str, state: State, placed: Placed) -> None:
+    """Undo what was done to layers."""
+    for layer, here, place in reversed(placed):
+        if here is None or place is None:
+            dismount(layer, adapter)
+            continue
+        lower(layer, here)
+        place.put(here)
+        state.leave(layer)
+
+
+def _adapted(placement: Placement, state: State, placed: Placed) -> AdaptedLayer:
     """Return the adapted layer at a place, putting one there if there is none."""
     found = standing(placement)
     if found is not None:
@@ -159,13 +180,7 @@ def _adapted(placement: Placement, state: State, undo: list[Undo]) -> AdaptedLay
     here: Any = parent._modules[name]  # several parameters of one module are nested
     layer = placement.kind.adapt(here, placement.site, state)
     layer.__dict__["shares"] = placement.shares
-
-    def back() -> None:
-        lower(layer, here)
-        placement.place.put(here)
-        state.leave(layer)
-
-    undo.append(back)
+    placed.append((layer, here, placement.place))
     placement.place.put(layer)
     lift(here, layer)
     return layer
@@ -176,25 +191,26 @@ def mount(
     plan: Plan,
     placement: Placement,
     tensors: dict[str, Tensor],
-    undo: list[Undo],
+    placed: Placed,
     trainable: bool = True,
 ) -> None:
     """Hang an entry's tensors below the layer, where their slots say."""
-    adapter = plan.adapter
-    entry = Entry(adapter, placement.method, placement.site, placement.slots.roles, dict(placement.options))
+    adapter, method = plan.adapter, placement.method
+    entry = Entry(adapter, method, placement.site, placement.slots.roles, dict(placement.options))
     if placement.layout is not None:
         entry.mesh = placement.layout.mesh
-    entry.shared = tuple((role, *slot.place) for role, slot in placement.shared.items())
+    if placement.shared:
+        entry.shared = tuple((role, *slot.place) for role, slot in placement.shared.items())
     layer.entries[adapter] = (*layer.entries.get(adapter, ()), entry)
-    undo.append(lambda: dismount(layer, adapter))
-    field = placement.method.dropout_field
+    placed.append((layer, None, None))
+    field = method.dropout_field
     if field is not None:
-        p = float(getattr(placement.method.config, field) or 0.0)
-        container(layer, (field,), nn.ModuleDict)._modules[adapter] = nn.Dropout(p) if p > 0.0 else bare(nn.Identity)
-    if placement.source is not None:
+        p = float(getattr(method.config, field) or 0.0)
+        container(layer, (field,), Names)._modules[adapter] = nn.Dropout(p) if p > 0.0 else bare(NoDropout)
+    if placement.source is None:
+        hang_all(layer, adapter, placement, tensors, trainable)
+    else:
         entry.home = standing(placement.source)
-    for role, slot in placement.slots.items() if placement.source is None else ():
-        hang(layer, adapter, slot, tensors[role], partial(placement.kind.leaf, placement.site, slot), trainable)
 
 
 def _mount_shared(plan: Plan, state: State, tensors: dict[str, Tensor], undo: list[Undo], trainable: bool) -> None:
@@ -210,11 +226,8 @@ def _mount_shared(plan: Plan, state: State, tensors: dict[str, Tensor], undo: li
     register_shared(plan.model, state)
 
 
-def _copy_module(place: object, adapter: str, state: State, undo: list[Undo], trainable: bool) -> None:
+def _copy_module(place: Place, adapter: str, state: State, undo: list[Undo], trainable: bool) -> None:
     """Give an adapter its full copy of a module."""
-    from inlay.core.targets import Place
-
-    assert isinstance(place, Place)
     here = place.module
     if isinstance(here, ModuleCopies):
         copies = here

@@ -194,7 +194,7 @@ class _Recipe:
             if isinstance(scale, Tensor):  # compiled code keeps scales in tensors
                 B, bias, scale = B * scale, None if bias is None else bias * scale, 1.0
             scale = float(scale)
-        if drop is not None and type(drop) is not nn.Identity:
+        if drop is not None and not isinstance(drop, nn.Identity):
             drop = active_dropout(P(drop))
             if drop is not None:
                 return (A, B, bias, scale, drop.p) if type(drop) is nn.Dropout and drop.p < 1.0 else None

@@ -47,14 +47,19 @@ def retargeted(
         return {}
     fields: dict[str, Any] = {}
     everything = places(model) if everything is None else everything
-    holders = (model, *(place.base for place in everything)) if hasattr(config, "target_parameters") else ()
-    if any(p is not None and p.dim() == 3 for holder in holders for p in holder._parameters.values()):
+    if hasattr(config, "target_parameters") and any(map(_holds_stack, (model, *(p.base for p in everything)))):
         fields = _stacked(model, config, held, prefixes)
     if fields:
         config = copy.copy(config)
         for name, value in fields.items():
             setattr(config, name, value)
     return {**fields, **_renamed(model, config, held, everything)}
+
+
+def _holds_stack(module: nn.Module) -> bool:
+    """Whether a module holds a parameter that may be a stack of former layers' weights."""
+    held = module._parameters
+    return bool(held) and type(module) is not nn.Linear and any(p is not None and p.dim() == 3 for p in held.values())
 
 
 def _stacked(model: nn.Module, config: Any, held: Mapping[str, Tensor] | None, prefixes: bool) -> dict[str, Any]:

@@ -99,8 +99,8 @@ def _visited(model: nn.Module, covers: dict[int, Place]) -> Iterator[Place]:
             known.parents.append((parent, name))
             known.aliases.append(path)
             continue
-        place = Place(path, module, [(parent, name)], [])
         follower = follower_of(module)
+        place = Place(path, module, [(parent, name)], [], module if follower is None else None)
         if follower is not None and follower is not module:
             covers[key] = place
             below = module._modules.get(follower.base_attribute)
@@ -110,7 +110,8 @@ def _visited(model: nn.Module, covers: dict[int, Place]) -> Iterator[Place]:
         found[key] = place
         yield place
         if follower is None:
-            _enter(todo, module, path)
+            if module._modules:
+                _enter(todo, module, path)
         elif isinstance(module, AdaptedLayer):
             _enter(todo, module.get_base_layer(), path)
 
@@ -184,9 +185,14 @@ def linear_paths(model: nn.Module, everything: list[Place], task_type: Any) -> s
     task = str(getattr(task_type, "value", task_type))
     named = {"classifier", "score"} if task in ("SEQ_CLS", "TOKEN_CLS") else set()
     found = set()
+    known: dict[type[nn.Module], bool] = {}
     for place in everything:
-        kind = kind_of(place.base)
-        if kind is None or not kind.all_linear or id(place.base) in heads or id(place.module) in heads:
+        base = place.base
+        linear = known.get(type(base))
+        if linear is None:
+            kind = kind_of(base)
+            linear = known[type(base)] = kind is not None and kind.all_linear
+        if not linear or id(base) in heads or id(place.module) in heads:
             continue
         if named and not named.isdisjoint(place.path.split(".")):
             continue
@@ -197,8 +203,12 @@ def linear_paths(model: nn.Module, everything: list[Place], task_type: Any) -> s
 def shortened(chosen: set[str], everything: Iterable[str]) -> list[str]:
     """Return the shortest suffixes that mean exactly the chosen paths."""
     others = [path for path in everything if path not in chosen]
-    taken = {suffix for path in others for suffix in _suffixes(path)}
-    return sorted({next((s for s in _suffixes(path) if s not in taken), path) for path in chosen})
+    names = {path.rpartition(".")[2] for path in others}
+    found = {path.rpartition(".")[2] for path in chosen}
+    if not found.isdisjoint(names):
+        taken = {suffix for path in others for suffix in _suffixes(path)}
+        found = {next((s for s in _suffixes(path) if s not in taken), path) for path in chosen}
+    return sorted(found)
 
 
 def _suffixes(path: str) -> Iterator[str]:

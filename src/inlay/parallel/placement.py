@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from inlay.core.kind import Kind
     from inlay.core.slot import Slot
 
-__all__ = ["Layout", "layout_of", "spread"]
+__all__ = ["Layout", "is_alone", "layout_of", "spread"]
 
 # axis of a base weight -> names that slots give to the same extent
 _SAME_EXTENT = {"out": ("out",), "in": ("in", "all_in", "fan_in")}
@@ -58,6 +58,13 @@ class Layout:
         from torch.distributed.tensor import Replicate, distribute_tensor
 
         return distribute_tensor(tensor, self.mesh, [Replicate()] * self.mesh.ndim).to_local()
+
+
+def is_alone(module: nn.Module, weight: object) -> bool:
+    """Whether :func:`layout_of` is plainly None: the weight is a tensor of torch's own, and nothing hangs on calls."""
+    own = module.__dict__
+    plain = type(weight) is nn.Parameter or type(weight) is Tensor
+    return plain and not own["_forward_pre_hooks"] and not own["_forward_hooks"] and "forward" not in own
 
 
 def layout_of(module: nn.Module, kind: Kind, site: Site) -> Layout | None:

@@ -266,7 +266,7 @@ def test_low_level_injection() -> None:
     set_peft_model_state_dict(low, peft_state_dict, low_cpu_mem_usage=True)
     torch.testing.assert_close(low.eval()(ids), model(ids))
     by_keys = inject_adapter_in_model(LoraConfig(r=64), copy.deepcopy(base), state_dict=peft_state_dict)
-    assert type(by_keys.linear.lora_A) is nn.ModuleDict
+    assert isinstance(by_keys.linear.lora_A, nn.ModuleDict)
     assert isinstance(by_keys.linear.lora_A["default"], nn.Linear)
 
 
