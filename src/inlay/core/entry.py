@@ -172,7 +172,12 @@ def find_tensor(home: nn.Module, adapter: str, containers: tuple[str, ...], leaf
         return holder[adapter]
     owner = holder._modules[adapter]
     tensor = owner._parameters.get(leaf)
-    return getattr(owner, leaf) if tensor is None else tensor
+    if tensor is not None:
+        return tensor
+    *below, leaf = leaf.split(".")
+    for part in below:
+        owner = owner._modules[part]
+    return getattr(owner, leaf)
 
 
 class OptionView(MutableMapping[str, Any]):

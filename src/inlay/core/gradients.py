@@ -74,11 +74,12 @@ def _places(entry: Any, layer: nn.Module, links: dict[tuple[int, str], Link]) ->
     """Iterate over the places of an entry's tensors that may train; adds what is on the way to ``links``."""
     for _, containers, leaf in entry.trained:
         module: Any = entry.home if entry.home is not None else layer
-        for part in (*containers, entry.name) if leaf else containers:
+        *below, leaf = (entry.name, *leaf.split(".")) if leaf else (entry.name,)
+        for part in (*containers, *below):
             modules = module._modules
             module = modules[part]
             links[id(modules), part] = (modules, part, module)
-        yield module._parameters, leaf or entry.name
+        yield module._parameters, leaf
 
 
 def train_everywhere(state: State, name: str, trainable: bool) -> None:

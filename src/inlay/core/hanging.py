@@ -45,6 +45,10 @@ def hang(
         module = new_leaf()
         module.__dict__["training"] = home.training
         holder._modules[adapter] = module
+    *below, leaf = leaf.split(".")
+    for part in below:
+        module = container(module, (part,), nn.Module)
+        module.__dict__["training"] = home.training
     if slot.buffer:
         module._buffers[leaf] = value
         if not slot.saved:

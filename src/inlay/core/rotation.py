@@ -72,14 +72,14 @@ class Butterfly(Rotation):
     """``B_(m-1) ... B_0``, each block-diagonal: a block of B_i joins two halves of blocks that lie 2^i halves apart.
 
     Args:
-        turns: (m, n, b, b), each block less the identity.
+        turns: (*experts, m, n, b, b), each block less the identity.
         reverse: multiply B_0 first.
     """
 
     def __init__(self, turns: Tensor, reverse: bool = False) -> None:
         self.turns = turns
         self.reverse = reverse
-        self.size = turns.shape[-1] * 2 ** (turns.shape[0] - 1)
+        self.size = turns.shape[-1] * 2 ** (turns.shape[-4] - 1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,14 +97,16 @@ class Butterfly(Rotation):
         return self if dtype == self.dtype else Butterfly(self.turns.to(dtype), self.reverse)
 
     def change(self, x: Tensor) -> Tensor:
-        factors = len(self.turns)
+        turns = self.turns if self.turns.dim() == 4 else self.turns.unsqueeze(-5)  # experts have rows of their own
+        factors = turns.shape[-4]
         if factors == 1:  # the blocks of x are the blocks of the matrix
-            return torch.einsum("...rk,rkc->...rc", x, self.turns[0])
+            return torch.einsum("...rk,...rkc->...rc", x, turns.squeeze(-4))
         half = self.turns.shape[-1] // 2
         y = x
         for i in range(factors) if self.reverse else reversed(range(factors)):
             pairs = y.reshape(*x.shape[:-2], -1, 2, 2**i, half).transpose(-2, -3)
-            turned = torch.einsum("...rk,rkc->...rc", pairs.reshape(*x.shape[:-2], -1, 2 * half), self.turns[i])
+            blocks = pairs.reshape(*x.shape[:-2], -1, 2 * half)
+            turned = torch.einsum("...rk,...rkc->...rc", blocks, turns.select(-4, i))
             back = turned.reshape(*x.shape[:-2], -1, 2**i, 2, half).transpose(-2, -3)
             y = y + back.reshape(y.shape)
         return y - x
@@ -114,14 +116,14 @@ class Reflections(Rotation):
     """``I - U T U^T``, a product of reflections at planes.
 
     Args:
-        U: (features, r), the normals.
-        T: (r, r).
+        U: (*experts, features, r), the normals.
+        T: (*experts, r, r).
     """
 
     def __init__(self, U: Tensor, T: Tensor) -> None:
         self.U = U
         self.T = T
-        self.size = U.shape[0]
+        self.size = U.shape[-2]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,7 +141,10 @@ class Reflections(Rotation):
         return self if dtype == self.dtype else Reflections(self.U.to(dtype), self.T.to(dtype))
 
     def change(self, x: Tensor) -> Tensor:
-        return -(((x @ self.U) @ self.T) @ self.U.mT)
+        # products by einsum, whose rounding does not depend on which of the tensors train
+        U, T = (t if t.dim() == 2 else t.unsqueeze(-3) for t in (self.U, self.T))  # experts have rows of their own
+        along = torch.einsum("...bn,...nr->...br", x, U)
+        return -torch.einsum("...bs,...ns->...bn", torch.einsum("...br,...rs->...bs", along, T), U)
 
 
 # -- skew-symmetric matrices and what they give ----------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from inlay.core.affine import Affine, Columns, Delta, Hadamard, LowRank, Site
 from inlay.core.dtype import product_dtype
 from inlay.core.kind import Kind
+from inlay.core.reading import Modulated
 from inlay.core.structured import Structured
 from inlay.parallel.tensors import decide, summed
 
@@ -113,6 +114,13 @@ def _embedding_product(module: Any, site: Site, x: Tensor, delta: Delta) -> Tens
     assert isinstance(delta, Hadamard)
     first, second = (torch.nn.functional.linear(look_up(module, x, B.t()), A) for A, B in delta.factors)
     return first * second * embed_scale(module)
+
+
+@fast_path(Modulated, "embedding")
+def _embedding_modulated(module: Any, site: Site, x: Tensor, delta: Delta) -> Tensor:
+    assert isinstance(delta, Modulated)
+    factors = torch.nn.functional.linear(look_up(module, x, delta.A.t()), delta.B)
+    return look_up(module, x, delta.weight.t()) * factors * embed_scale(module)
 
 
 @fast_path(Columns, "embedding")

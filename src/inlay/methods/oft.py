@@ -143,10 +143,10 @@ class OFT(InputRotation):
         name = "oft_embedding_R" if site.lookup else "oft_R"
         init = zeros if self.config.init_weights else Normal(0.1)
         blocks = 1 if self.config.block_share else found["r"]
-        return Triangle.slots(site, f"{name}.*", "blocks n", init, b=found["oft_block_size"], blocks=blocks)
+        return Triangle.slots(site, f"{name}.*", "*experts blocks n", init, b=found["oft_block_size"], blocks=blocks)
 
     def skew(self, p: P) -> Tensor:
-        """Return Q, (blocks, b, b)."""
+        """Return Q, (*experts, blocks, b, b)."""
         Q = skew(p, p.oft_block_size)
         if self.config.coft:
             limit = self.config.eps / math.sqrt(Q.shape[-3])
@@ -157,7 +157,7 @@ class OFT(InputRotation):
         return Q
 
     def turn(self, p: P) -> Tensor:
-        """Return R - I, (blocks, b, b)."""
+        """Return R - I, (*experts, blocks, b, b)."""
         Q = self.skew(p)
         if not self.config.use_cayley_neumann:
             return cayley(Q)
@@ -171,10 +171,10 @@ class OFT(InputRotation):
         return cayley_series(Q, terms)
 
     def rotation(self, site: Site, p: P) -> Rotation:
-        return Butterfly(self.turn(p).expand(1, p.r, -1, -1))
+        return Butterfly(self.turn(p).expand(*site.experts, p.r, -1, -1).unsqueeze(-4))
 
     def varied(self, site: Site, p: P) -> Rotation:
-        turn = self.turn(p).expand(1, p.r, -1, -1)
+        turn = self.turn(p).expand(*site.experts, p.r, -1, -1).unsqueeze(-4)
         if p.training and self.config.module_dropout > 0.0 and not self.config.block_share:
             turn = turn * (torch.rand_like(turn[..., :1, :1]) >= self.config.module_dropout)
         return Butterfly(turn)

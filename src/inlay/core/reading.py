@@ -1,0 +1,56 @@
+"""Methods that add an update which is made from the untouched weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from inlay.core.affine import Affine, Delta, Site
+from inlay.core.method import Method, P
+
+if TYPE_CHECKING:
+    from inlay.core.inner import Inner
+
+__all__ = ["Modulated", "ReadsBase"]
+
+
+class Modulated(Delta):
+    """The elementwise product of a weight with a low-rank matrix, ``W * (B A)``.
+
+    Args:
+        weight: (*experts, out, fan_in), the untouched weight.
+        B: (*experts, out, r).
+        A: (*experts, r, fan_in).
+    """
+
+    def __init__(self, weight: Tensor, B: Tensor, A: Tensor) -> None:
+        self.weight = weight
+        self.B = B
+        self.A = A
+        self.scale = 1.0
+
+    def dense(self) -> Tensor:
+        return self.weight * torch.matmul(self.B, self.A) * self.scale
+
+
+class ReadsBase(Method):
+    """What is added depends on the untouched weight, and on nothing else below: several adapters add up.
+
+    A subclass gives ``slots`` and ``change``.
+    """
+
+    def change(self, site: Site, p: P, base: Affine) -> Delta:
+        """Return the update before ``p.scaling``, as an operator of its own for each call."""
+        raise NotImplementedError
+
+    @property
+    def commutes(self) -> bool:
+        return True
+
+    def rewrite(self, site: Site, p: P, layer: Affine, base: Affine) -> Affine:
+        return layer.add(self.change(site, p, base).scaled(p.scaling))
+
+    def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
+        return inner.plus(x, p, self.change(site, p, inner.base_affine()).scaled(p.scaling))
