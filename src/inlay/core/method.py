@@ -174,6 +174,9 @@ class Method:
         """Return one sentence that says why mathematics forbids this method at the site, or None."""
         return None
 
+    def survey(self, sites: list[Site]) -> None:
+        """Look at the sites of all layers that will be adapted, before anything else is asked of any of them."""
+
     def shared_slots(self, sites: list[Site]) -> dict[str, Slot]:
         """Return the tensors that sites share; they live at the model's root, once per adapter.
 

@@ -218,8 +218,11 @@ def plan(
 def _resolve(made: Plan, everything: list[Place]) -> None:
     """Find every place that the plan's config means."""
     plan_copies(made, everything)
-    chosen = choose(made, everything)
-    for place, pattern in without_companions(chosen):
+    chosen = list(without_companions(choose(made, everything)))
+    if type(made.method).survey is not Method.survey:
+        known = ((kind_of(place.base), place) for place, _ in chosen)
+        made.method.survey([kind.site(place.path, place.base) for kind, place in known if kind is not None])
+    for place, pattern in chosen:
         made.matched.setdefault(pattern, []).append(place.path)
         made.placements.append(place_method(made, place, pattern, made.method))
     extend_plan(made, everything)

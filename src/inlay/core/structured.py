@@ -52,8 +52,8 @@ class Kron(Structured):
     """The Kronecker product of two matrices.
 
     Args:
-        left: (a, c).
-        right: (b, d); the update is (a * b, c * d).
+        left: (*experts, a, c).
+        right: (*experts, b, d); the update is (*experts, a * b, c * d).
     """
 
     factors = ("left", "right")
@@ -64,15 +64,15 @@ class Kron(Structured):
         self.scale = 1.0
 
     def matrix(self) -> Tensor:
-        product = self.left[:, None, :, None] * self.right[None, :, None, :]
-        return product.flatten(2).flatten(0, 1)
+        product = self.left[..., :, None, :, None] * self.right[..., None, :, None, :]
+        return product.flatten(-2).flatten(-3, -2)
 
 
 class Circulant(Structured):
     """Blocks (b, b) whose rows are one vector, turned by one more place in each row: ``block[k, t] = w[t - k]``.
 
     Args:
-        kernel: (m, n, b), the first row of each block; the update is (m * b, n * b).
+        kernel: (*experts, m, n, b), the first row of each block; the update is (*experts, m * b, n * b).
     """
 
     factors = ("kernel",)
@@ -85,18 +85,18 @@ class Circulant(Structured):
         return super().to(torch.promote_types(dtype, torch.float32))  # Fourier transforms know no half precision
 
     def matrix(self) -> Tensor:
-        m, n, b = self.kernel.shape
+        b = self.kernel.shape[-1]
         place = torch.arange(b, device=self.kernel.device)
-        turned = self.kernel[..., (place - place.unsqueeze(1)) % b]  # (m, n, b, b)
-        return turned.transpose(1, 2).reshape(m * b, n * b)
+        turned = self.kernel[..., (place - place.unsqueeze(1)) % b]  # (*experts, m, n, b, b)
+        return turned.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 
 class BlockLowRank(Structured):
     """A grid of k x k blocks, each of low rank, whose factors are shared along its row and its column.
 
     Args:
-        A: (k, fan_in / k, r): the block of inputs n maps to r numbers, r / k for each block of outputs.
-        B: (k, r, out / k): the block of outputs j is made of r numbers, r / k from each block of inputs.
+        A: (*experts, k, fan_in / k, r): the block of inputs n maps to r numbers, r / k for each block of outputs.
+        B: (*experts, k, r, out / k): the block of outputs j is made of r numbers, r / k from each block of inputs.
     """
 
     factors = ("A", "B")
@@ -107,18 +107,18 @@ class BlockLowRank(Structured):
         self.scale = 1.0
 
     def matrix(self) -> Tensor:
-        k = self.A.shape[0]
-        down = self.A.unflatten(-1, (k, -1))  # (n, i, j, s)
-        up = self.B.unflatten(1, (k, -1))  # (j, n, s, o)
-        blocks = torch.einsum("nijs,jnso->joni", down, up)
-        return blocks.flatten(2).flatten(0, 1)
+        k = self.A.shape[-3]
+        down = self.A.unflatten(-1, (k, -1))  # (..., n, i, j, s)
+        up = self.B.unflatten(-2, (k, -1))  # (..., j, n, s, o)
+        blocks = torch.einsum("...nijs,...jnso->...joni", down, up)
+        return blocks.flatten(-2).flatten(-3, -2)
 
 
 class Repeated(Structured):
     """One small matrix, laid out again and again over the whole; what reaches over the edges is cut off.
 
     Args:
-        tile: (m, r).
+        tile: (*experts, m, r).
         out, fan_in: shape of the update.
     """
 
@@ -133,19 +133,20 @@ class Repeated(Structured):
     @property
     def times(self) -> tuple[int, int]:
         """How often the tile stands below itself and beside itself."""
-        m, r = self.tile.shape
+        m, r = self.tile.shape[-2:]
         return -(-self.out // m), -(-self.fan_in // r)
 
     def matrix(self) -> Tensor:
-        return self.tile.repeat(self.times)[: self.out, : self.fan_in]
+        repeated = self.tile.repeat(*(1,) * (self.tile.dim() - 2), *self.times)
+        return repeated[..., : self.out, : self.fan_in]
 
 
 class Sparse(Structured):
     """An update of single entries.
 
     Args:
-        rows, columns: (n,) integers; no entry twice.
-        values: (n,).
+        rows, columns: (n,) integers, or (*experts, n); no entry twice.
+        values: (*experts, n).
         out, fan_in: shape of the update.
     """
 
@@ -161,8 +162,8 @@ class Sparse(Structured):
 
     def matrix(self) -> Tensor:
         places = self.rows.long() * self.fan_in + self.columns
-        flat = self.values.new_zeros(self.out * self.fan_in).index_copy(0, places, self.values)
-        return flat.view(self.out, self.fan_in)
+        flat = self.values.new_zeros(*self.values.shape[:-1], self.out * self.fan_in)
+        return flat.scatter(-1, places.expand_as(self.values), self.values).unflatten(-1, (self.out, self.fan_in))
 
 
 class Synthesis(Protocol):

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from inlay.config import (
     FanInFanOutField,
+    FrequencyPatternField,
     LayerFields,
     PeftConfig,
     PeftType,
     TargetFields,
     bias_setting,
-    check_pattern,
     setting,
     settings,
 )
@@ -33,7 +33,7 @@ __all__ = ["FourierFT", "FourierFTConfig"]
     positional="n_frequency scaling random_loc_seed fan_in_fan_out target_modules exclude_modules bias modules_to_save "
     "layers_to_transform layers_pattern n_frequency_pattern init_weights"
 )
-class FourierFTConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
+class FourierFTConfig(TargetFields, LayerFields, FanInFanOutField, FrequencyPatternField, PeftConfig):
     """Configuration of FourierFT."""
 
     peft_type = PeftType.FOURIERFT
@@ -44,12 +44,6 @@ class FourierFTConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
     scaling: float = setting(default=150.0, doc="Scale of the update.")
     random_loc_seed: int | None = setting(default=777, doc="Seed that the frequencies are drawn from.")
     bias: str = bias_setting("fourier")
-    n_frequency_pattern: dict[str, int] | None = setting(
-        doc="Counts that differ from n_frequency: module name, ending or regular expression -> count.",
-        factory=dict,
-        gt=0,
-        parameters="those modules count with their own number",
-    )
     init_weights: bool = setting(
         default=False, doc="Start from zeros, which change nothing, instead of a standard normal distribution."
     )
@@ -60,13 +54,10 @@ class FourierFTConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
                 f"{type(self).__name__}.random_loc_seed: expected an integer, found None: the frequencies could not be "
                 "drawn again for a saved adapter."
             )
-        self.n_frequency_pattern = self.n_frequency_pattern or {}
-        for pattern in self.n_frequency_pattern:
-            check_pattern(type(self).__name__, "n_frequency_pattern", pattern)
 
 
 @lru_cache(maxsize=16)
-def _drawn(size: int, count: int, seed: int) -> Tensor:
+def drawn(size: int, count: int, seed: int) -> Tensor:
     """Return ``count`` of ``size`` places; PEFT draws the same ones."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].clone()
 
@@ -79,7 +70,7 @@ class Places:
     seed: int
 
     def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.copy_(_drawn(self.size, tensor.numel(), self.seed))
+        tensor.copy_(drawn(self.size, tensor.numel(), self.seed))
 
 
 @register_method

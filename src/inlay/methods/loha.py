@@ -12,6 +12,7 @@ from inlay.config import LayerFields, PatternFields, PeftConfig, PeftType, Targe
 from inlay.core.affine import Delta, Dense, Hadamard, Site
 from inlay.core.method import Method, P
 from inlay.core.registry import register_method
+from inlay.core.row_dropout import with_some_rows
 from inlay.core.slot import KaimingUniform, Slot, zeros
 
 if TYPE_CHECKING:
@@ -101,10 +102,6 @@ class LoHa(Method):
         return Hadamard(p.w1_a, p.w1_b, p.w2_a, p.w2_b)
 
     def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
-        if not (p.training and self.config.rank_dropout > 0.0):
-            return super().forward(site, p, x, inner)
-        y = inner(x)
-        update = self.update(site, p).dense()
-        kept = (torch.rand_like(update[:, :1]) > self.config.rank_dropout).to(update.dtype)
-        share = kept.mean().clamp_min(1 / site.out)  # no row kept: no update, and no division by zero
-        return (y + inner.apply(x, Dense(update * (kept / share)))).to(y.dtype)
+        if p.training and self.config.rank_dropout > 0.0:
+            return with_some_rows(x, inner, self.update(site, p), self.config.rank_dropout, rescale=True)
+        return super().forward(site, p, x, inner)

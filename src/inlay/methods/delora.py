@@ -1,0 +1,92 @@
+"""DeLoRA: a sum of rank-one updates of bounded strength (Bini et al. 2025, arXiv:2503.18225)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from inlay.config import (
+    LayerFields,
+    PeftConfig,
+    PeftType,
+    RankPatternField,
+    TargetFields,
+    bias_setting,
+    check_pattern_keys,
+    setting,
+    settings,
+)
+from inlay.core.affine import Affine, LowRank, Site
+from inlay.core.method import Method, P
+from inlay.core.registry import register_method
+from inlay.core.slot import Constant, Init, KaimingUniform, Slot, zeros
+
+__all__ = ["DeLoRA", "DeloraConfig"]
+
+_SHORTEST = 1e-4  # a vector that is shorter counts as this long
+
+
+@settings(
+    positional="r delora_lambda module_dropout target_modules exclude_modules bias init_weights layers_to_transform "
+    "layers_pattern rank_pattern lambda_pattern modules_to_save"
+)
+class DeloraConfig(TargetFields, LayerFields, RankPatternField, PeftConfig):
+    """Configuration of DeLoRA."""
+
+    peft_type = PeftType.DELORA
+
+    r: int = setting(default=8, doc="Number of rank-one updates.", gt=0, parameters="r * (in + out) + 1 a linear layer")
+    delora_lambda: int | float = setting(
+        default=15, doc="Where the trained bound on the strength starts, relative to the columns of the weight."
+    )
+    module_dropout: float = setting(
+        default=0.0, doc="Probability of dropping an input element of the update.", ge=0.0, lt=1.0
+    )
+    bias: str = bias_setting("delora")
+    init_weights: bool = setting(default=True, doc="Start from no change; otherwise both factors are random.")
+    lambda_pattern: dict[str, float] | None = setting(
+        doc="Bounds that differ from delora_lambda: module name, ending or regular expression -> number.", factory=dict
+    )
+
+    def check_fields(self) -> None:
+        check_pattern_keys(self, "lambda_pattern")
+
+
+@register_method
+class DeLoRA(Method):
+    """``lambda / r * sum_i (b_i a_i^T) / (|b_i| |a_i|) * diag(n)``: n are norms of the untouched weight's columns."""
+
+    config_class = DeloraConfig
+    prefix = "delora_"
+    dropout_field = "module_dropout"
+    patterned = ("rank_pattern", "lambda_pattern")
+    config: DeloraConfig
+
+    @property
+    def identity(self) -> bool:
+        return self.config.init_weights
+
+    @property
+    def skip_probability(self) -> float:
+        return 0.0  # module_dropout drops input elements here
+
+    def options(self, site: Site) -> dict[str, Any]:
+        return {"r": self.by_pattern("rank_pattern", site, self.config.r)}
+
+    def slots(self, site: Site) -> dict[str, Slot]:
+        r = self.options(site)["r"]
+        bound = float(self.by_pattern("lambda_pattern", site, self.config.delora_lambda))
+        up: Init = zeros if self.config.init_weights else KaimingUniform(fan=r)
+        held = {"buffer": True, "trainable": False}
+        return {
+            "A": site.slot("delora_A.*", "*experts r fan_in", KaimingUniform(fan=site.fan_in), r=r),
+            "B": site.slot("delora_B.*", "*experts out r", up, r=r),
+            "bound": site.slot("delora_lambda.*", "1", Constant(bound)),
+            "norms": site.slot("delora_w_norm.*", "*experts fan_in", Constant(1.0), options=held),
+        }
+
+    def prepare(self, site: Site, p: P, layer: Affine) -> None:
+        p.norms.copy_(layer.weight.norm(dim=-2))
+
+    def delta(self, site: Site, p: P) -> LowRank:
+        length = p.A.norm(dim=-1).clamp_min(_SHORTEST) * p.B.norm(dim=-2).clamp_min(_SHORTEST)
+        return LowRank(p.B * (p.bound / p.r / length).unsqueeze(-2), p.A * p.norms.unsqueeze(-2))
