@@ -12,7 +12,7 @@ from inlay.core.hanging import drop_shared
 from inlay.core.layer import AdaptedLayer
 from inlay.core.readers import restore_readers
 from inlay.core.shared import register_shared, unregister_shared
-from inlay.core.state import State
+from inlay.core.state import Record, State
 from inlay.core.targets import Place, base_parameters, standing
 from inlay.errors import MergeError
 from inlay.parallel.fsdp import refuse_shell, settle
@@ -33,6 +33,11 @@ def delete(model: nn.Module, state: State, name: str) -> None:
     for layer in layers:
         if name in layer.merged_names:
             raise MergeError(f"adapter {name!r} is merged into {layer.site_path!r}; unmerge it before deleting it")
+        if layer.merged_names and state.records[name].rebased:
+            raise MergeError(
+                f"deleting {name!r} gives {layer.site_path!r} back the weight that it had before, and "
+                f"{', '.join(map(repr, layer.merged_names))} is merged into it; unmerge first"
+            )
     for layer in layers:
         layer.drop_adapter(name)
     if any(layer.is_bare for layer in layers):
@@ -40,6 +45,7 @@ def delete(model: nn.Module, state: State, name: str) -> None:
         restore_readers(model)
     if len(state.records) == 1:
         _end_replication(model, state)
+    after = list(state.records)[list(state.records).index(name) + 1 :]
     record = state.records.pop(name)
     state.training.discard(name)
     if record.shared:
@@ -47,6 +53,8 @@ def delete(model: nn.Module, state: State, name: str) -> None:
         register_shared(model, state)
     if record.biases:
         _put_back(model, state, record.biases)
+    if record.rebased:
+        _give_back(model, state, record, [state.records[other] for other in after])
     state.active = tuple(active for active in state.active if active != name)
     state.touch()
 
@@ -60,6 +68,24 @@ def _put_back(model: nn.Module, state: State, names: Iterable[str]) -> None:
         if value is not None and name in named:
             named[name].copy_(scatter(value, named[name]))
             named[name].requires_grad_(False)
+
+
+@torch.no_grad()
+def _give_back(model: nn.Module, state: State, record: Record, after: list[Record]) -> None:
+    """Give base tensors back what a deleted adapter's start took out of them; ``after`` are those that came later."""
+    named = base_parameters(model)
+    for name, value in record.rebased.items():
+        later = next((other for other in after if name in other.rebased), None)
+        if name not in named:
+            continue
+        if later is None:
+            named[name].copy_(scatter(value, named[name]))
+        else:  # it took its own share out of what was left, which was this much less
+            share = scatter(value, named[name]).float() - scatter(later.rebased[name], named[name]).float()
+            named[name].copy_(named[name].float() + share)
+            later.rebased[name] = value
+        if not any(name in other.rebased for other in state.records.values()):
+            state.base_values.pop(name, None)
 
 
 def _take_out_empty(model: nn.Module, state: State) -> None:

@@ -1,9 +1,9 @@
-"""What an adapter takes from the base weights when it comes: initial values, constants, a changed base."""
+"""Constants that an adapter takes from the base weights when it comes; see ``core.rebase`` for initial values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,11 +12,13 @@ from inlay.core.dtype import merge_dtype
 from inlay.core.entry import Entry, find_tensor
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method, P
-from inlay.core.plan import Placement, Plan
 from inlay.core.slot import Slot
 from inlay.core.state import State
 
-__all__ = ["Undo", "derive", "derive_loaded", "derives", "prepare", "standing", "wide_base"]
+if TYPE_CHECKING:
+    from inlay.core.plan import Placement, Plan
+
+__all__ = ["Undo", "derive", "derive_loaded", "derives", "standing", "wide_base"]
 
 # One step back, should a later step of an injection fail.
 Undo = Callable[[], object]
@@ -107,29 +109,3 @@ class _Bases:
 
     def __iter__(self) -> Iterator[tuple[Site, Affine]]:
         return ((entry.site, wide_base(layer)) for layer, entry in self.layers)
-
-
-@torch.no_grad()
-def prepare(plan: Plan, state: State, undo: list[Undo]) -> None:
-    """Let methods set initial values that depend on the base weight."""
-    for layer, entry in _planned(plan) if any(one.method.needs_base for one in plan.placements) else ():
-        if entry.method.needs_base:
-            p = layer.params(entry, whole=True)
-            rebased = entry.method.prepare(entry.site, p, wide_base(layer))
-            layer.put(entry, p)
-            if rebased is not None:
-                _rebase(layer, rebased, state, undo)
-
-
-def _rebase(layer: AdaptedLayer, rebased: Affine, state: State, undo: list[Undo]) -> None:
-    """Write the new base that an initialiser asks for, recording the old one."""
-    leaf = layer.leaf_layer
-    new = layer.kind.stored(leaf, layer.site, rebased)
-    old = {name: getattr(leaf, name).detach().clone() for name in new}
-    for name, tensor in old.items():
-        key = f"{layer.site.owner}.{name}"
-        if key not in state.base_values:
-            undo.append(partial(state.base_values.pop, key))
-            state.base_values[key] = tensor
-    undo.append(lambda: layer.write(old, (), {}))
-    layer.write(new, (), {})

@@ -16,12 +16,13 @@ from inlay.core.eject import restore_grad
 from inlay.core.entry import Entry
 from inlay.core.follow import base_modules
 from inlay.core.hanging import container, dismount, drop_shared, hang, hang_all
-from inlay.core.initial import Undo, derive, prepare, standing
+from inlay.core.initial import Undo, derive, standing
 from inlay.core.join import joined, offsets
 from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
 from inlay.core.plan import Placement, Plan
 from inlay.core.readers import silence_readers
+from inlay.core.rebase import prepare
 from inlay.core.shared import register_shared
 from inlay.core.state import Record, State
 from inlay.core.surface import LayerSurface
@@ -95,8 +96,7 @@ def inject(
         fresh = initialise and not low_memory
         if fresh or not plan.shared:  # constants may follow from shared tensors, which a load brings and sees to
             derive(plan, state, fresh)
-        if fresh:
-            prepare(plan, state, undo)
+        prepare(plan, state, undo, fresh)
         for name, p in biases.items():
             undo.append(partial(p.requires_grad_, p.requires_grad))
             if above + name not in state.base_values:

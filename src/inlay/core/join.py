@@ -90,6 +90,8 @@ def joined(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Stat
         if before:
             state.base_grad = {before + name: flag for name, flag in state.base_grad.items()}
             state.base_values = {before + name: value for name, value in state.base_values.items()}
+            for record in state.records.values():
+                record.rebased = {before + name: value for name, value in record.rebased.items()}
             _rename(state, before)
     for state in states[1:]:
         _take_over(first, state, model)

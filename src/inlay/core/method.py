@@ -6,8 +6,9 @@ activation space is cheaper. A method names no layer class, no storage, no adapt
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -28,11 +29,12 @@ class P:
     """What one adapter has at one site: its tensors by role and its numbers, as attributes.
 
     ``p.A``, ``p.B`` (tensors), ``p.scaling`` (a number), ``p.drop(x)`` (the adapter's dropout, the identity in eval
-    mode and on indices), ``p.training``.
+    mode and on indices), ``p.training``; while ``prepare`` runs ``p.measured``, see :attr:`Method.measured`.
     """
 
     scaling: float = 1.0
     training: bool = False
+    measured: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, dropout: Any = None) -> None:
         self._dropout = dropout
@@ -250,6 +252,16 @@ class Method:
     def needs_base(self) -> bool:
         """Whether ``prepare`` is to be called."""
         return type(self).prepare is not Method.prepare
+
+    @property
+    def rebases(self) -> bool:
+        """Whether ``prepare`` returns a new base; it is then called also where the adapter's values are loaded."""
+        return False
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Attributes of base modules where a calibration pass leaves what ``prepare`` needs, and which it uses up."""
+        return ()
 
     def bias_mode(self) -> str:
         """Return ``none``, ``all`` or ``<method>_only``: which base biases train."""

@@ -24,6 +24,7 @@ from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
 from inlay.core.policy import INLAY, Policy
+from inlay.core.rebase import check_rebasable
 from inlay.core.registry import load_installed, method_class
 from inlay.core.replicate import Replication, installed, replication_of
 from inlay.core.retarget import retargeted
@@ -232,6 +233,7 @@ def _resolve(made: Plan, everything: list[Place]) -> None:
         raise NoTargetError(nothing_matched(made, everything))
     refuse_managed((p.place.path, p.place.base) for p in made.placements)
     refuse_managed((place.path, place.module) for place, _ in made.copies)
+    check_rebasable(made)
     share_out(made)
     plan_biases(made)
     check_patterns(made)

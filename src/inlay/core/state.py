@@ -39,6 +39,7 @@ class Record:
         frozen: created for inference: activating it does not make it trainable.
         shared: slots of the tensors that all its layers share, by role; they hang below ``State.shared``.
         biases: names of the base biases that train with it.
+        rebased: base tensors that its start changed, as they were before (name -> tensor).
         saved: values of config fields that are saved instead of those that ``config`` shows.
         translation: what turns the adapter's tensors into those of a checkpoint and back, where that is not left to
             slots; see ``checkpoint.translation``.
@@ -52,6 +53,7 @@ class Record:
     frozen: bool = False
     shared: dict[str, Slot] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
+    rebased: dict[str, Tensor] = field(default_factory=dict, repr=False)
     saved: dict[str, Any] = field(default_factory=dict)
     translation: Any = None
     slot: bool = False

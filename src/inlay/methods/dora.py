@@ -44,9 +44,10 @@ class DoRA(LoRA):
         return {**super().slots(site), "magnitude": magnitude}
 
     def prepare(self, site: Site, p: P, layer: Affine) -> Affine | None:
-        norm = self.norm(site, p, layer)
+        rebased = super().prepare(site, p, layer)
+        norm = self.norm(site, p, layer if rebased is None else rebased)
         p.magnitude.copy_(norm.view(p.magnitude.shape))
-        return None
+        return rebased
 
     def norm(self, site: Site, p: P, base: Affine) -> Tensor:
         """Return the row norms of the adapted base weight, (*experts, out)."""

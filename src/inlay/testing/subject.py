@@ -18,6 +18,7 @@ from inlay.core.layer import AdaptedLayer
 from inlay.core.merge import merge
 from inlay.core.plan import plan
 from inlay.core.state import State, find_state
+from inlay.core.targets import base_parameters
 from inlay.errors import LawError
 from inlay.testing.layers import Pair
 
@@ -123,6 +124,18 @@ class Subject:
 
     def base_output(self) -> Tensor:
         return self.untouched(self.x).detach()
+
+    @torch.no_grad()
+    def bare_output(self) -> Tensor:
+        """The output of the base as it stands, with what the adapter's start changed in it; nothing may be merged."""
+        changed = self.state.records["one"].rebased
+        if not changed:
+            return self.base_output()
+        bare = copy.deepcopy(self.untouched)
+        mine, present = dict(bare.named_parameters()), base_parameters(self.model)
+        for name in changed:
+            mine[name].copy_(present[name])
+        return bare(self.x)
 
     def largest(self) -> float:
         """The largest magnitude of the base's output."""

@@ -17,13 +17,14 @@ from inlay.core.affine import Affine, Site
 from inlay.core.build import build, build_shared
 from inlay.core.entry import Entry
 from inlay.core.hanging import dismount, hang
-from inlay.core.initial import derive, prepare
+from inlay.core.initial import derive
 from inlay.core.inject import mount
 from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
 from inlay.core.plan import Placement, Plan, place_method
 from inlay.core.policy import PEFT
+from inlay.core.rebase import prepare
 from inlay.core.shared import register_shared, share_out
 from inlay.core.state import Record, State, check_adapter_name
 from inlay.core.targets import Place

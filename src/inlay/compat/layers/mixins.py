@@ -13,6 +13,7 @@ from inlay.compat.layers.base import BaseTunerLayer
 from inlay.compat.layers.making import bound, kind_and_site, method_for, own_config, widths
 from inlay.compat.layers.table import Recorded
 from inlay.compat.layers.viewing import Own
+from inlay.core import storage
 from inlay.core.dtype import merge_dtype
 from inlay.core.entry import find_tensor
 from inlay.core.hanging import hang
@@ -89,7 +90,9 @@ class TensorLayer(BaseTunerLayer):
             present = present.to(merge_dtype(present.weight.dtype))
             with torch.no_grad():
                 method.derive(site, p, present)
-                method.prepare(site, p, present)
+                rebased = method.prepare(site, p, present)
+                for name, tensor in {} if rebased is None else kind.stored(base, site, rebased).items():
+                    storage.write(base, name, tensor)
         self._taken[adapter_name] = (method, site)
         self._note(adapter_name, method.options(site), config, method.dropout_field)
         self._move_adapter_to_device_of_base_layer(adapter_name)

@@ -74,7 +74,7 @@ def merged_and_switched_off_is_the_base(cell: Trial) -> None:
     if cell.unmergeable:
         return
     subject = Subject(cell)
-    base = subject.base_output()
+    base = subject.bare_output()
     merge(subject.state)
     merged = tensors_of(subject.model)
     with opened(subject.state, disabled=True):
