@@ -16,6 +16,7 @@ from inlay.checkpoint.target import KeyIndex, Target
 from inlay.checkpoint.tree import MODEL_PREFIX, ROOT_PREFIX, Node, Tree, persistent_tensors
 from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
+from inlay.core.method import Method
 from inlay.core.mount import ModuleCopies
 from inlay.core.slot import Slot
 
@@ -41,6 +42,7 @@ def key_index(tree: Tree, adapter: str) -> KeyIndex:
         for target in find(tree, adapter):
             index.add(target)
     _add_tied(index, tree, adapter)
+    _add_repeated(index, tree, adapter)
     return index
 
 
@@ -76,6 +78,19 @@ class _Names:
         self.depth = len(slot.place[0])
 
 
+def _add_lent(index: KeyIndex, tree: Tree, adapter: str) -> None:
+    """Add the keys of layers whose tensors are those of another layer; a checkpoint has them under each name."""
+    for node in tree.nodes:
+        for entry in node.module.entries.get(adapter, ()) if isinstance(node.module, AdaptedLayer) else ():
+            slots = entry.method.slots(entry.site)
+            for role, containers, leaf in entry.places:
+                held = index.holding(*slot_holder(node.module, adapter, containers, leaf))
+                key = f"{MODEL_PREFIX}{_dotted(node.path, slots[role].disk_name)}"
+                if held is not None and held.key != key and key in held.aliases:
+                    index.redundant.add(key)
+                    index.derived[key] = (held, False)
+
+
 def _add_tied(index: KeyIndex, tree: Tree, adapter: str) -> None:
     """Add the keys of layers that use the tensors of another layer, which has them under its own name.
 
@@ -98,6 +113,15 @@ def _add_tied(index: KeyIndex, tree: Tree, adapter: str) -> None:
                 source = index.holding(*slot_holder(home, adapter, containers, leaf))
                 if source is not None:
                     index.derived[keys[other[role]]] = (source, turned)
+
+
+def _add_repeated(index: KeyIndex, tree: Tree, adapter: str) -> None:
+    """Add the keys of shared tensors below each layer that uses them, where PEFT writes some of them once more."""
+    for node in tree.nodes:
+        for entry in node.module.entries.get(adapter, ()) if isinstance(node.module, AdaptedLayer) else ():
+            for _, containers, leaf in entry.shared:
+                name = ".".join((node.path, *containers, *filter(None, (leaf,))))
+                index.redundant.add(f"{MODEL_PREFIX}{name}")
 
 
 def _entry_slots(node: Node, layer: AdaptedLayer, entry: Entry, named: dict[str, _Names]) -> Iterator[Target]:
