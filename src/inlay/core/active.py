@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from inlay.core.entry import find_tensor
-from inlay.core.gradients import train_everywhere
+from inlay.core.gradients import reach_of, train_everywhere
 from inlay.core.state import State
 from inlay.errors import StateError, TargetError, UnsupportedError
 
@@ -73,6 +73,21 @@ def switched_back(state: State) -> Iterator[None]:
         raise
 
 
+def _agree(state: State, wanted: tuple[str, ...]) -> None:
+    """Let every layer refuse what cannot be active together; a single adapter that all agreed to is not asked about.
+
+    Raises:
+        UnsupportedError: a layer refuses.
+    """
+    known = reach_of(state, wanted[0]) if len(wanted) == 1 else None
+    if known is not None and known.agreed:
+        return
+    for layer in state.layers():
+        layer.check_active(wanted)
+    if known is not None:
+        known.agreed = True
+
+
 def set_active(state: State, names: Iterable[str], trainable: bool | None = None) -> None:
     """Activate adapters, in this order; every layer follows.
 
@@ -84,8 +99,7 @@ def set_active(state: State, names: Iterable[str], trainable: bool | None = None
         state.record(name)
     if len(set(wanted)) < len(wanted):
         raise StateError(f"an adapter can be active once only, found {list(wanted)}")
-    for layer in state.layers():
-        layer.check_active(wanted)
+    _agree(state, wanted)
     if state.fixed is not None:
         state.fixed.check(state, wanted)
     with switched_back(state):

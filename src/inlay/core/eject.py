@@ -38,9 +38,11 @@ def delete(model: nn.Module, state: State, name: str) -> None:
                 f"deleting {name!r} gives {layer.site_path!r} back the weight that it had before, and "
                 f"{', '.join(map(repr, layer.merged_names))} is merged into it; unmerge first"
             )
+    bare = False
     for layer in layers:
         layer.drop_adapter(name)
-    if any(layer.is_bare for layer in layers):
+        bare = bare or layer.is_bare
+    if bare:
         _take_out_empty(model, state)
         restore_readers(model)
     if len(state.records) == 1:

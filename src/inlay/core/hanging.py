@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from inlay.core.bare import Names, bare
 from inlay.core.entry import AdapterTensors
-from inlay.core.holder import EntryHolder
 from inlay.core.slot import Slot
 from inlay.core.state import State
 
@@ -116,22 +115,27 @@ def container(layer: nn.Module, path: tuple[str, ...], cls: type[nn.Module]) -> 
 def dismount(layer: EntryHolder, adapter: str) -> None:
     """Drop everything that an adapter has at a layer; containers that end empty go too."""
     below = layer._modules
-    record = layer.state.records.get(adapter)
+    record = layer.__dict__["_state"].records.get(adapter)
     if record is not None:
-        record.tensors = None  # which would keep them alive
-    for entry in layer.entries.pop(adapter, ()):
+        record.reach = None  # which would keep it alive
+    for entry in layer.__dict__["entries"].pop(adapter, ()):
         for _, path, leaf in entry.places:
             if leaf and len(path) == 1:  # the usual case, with few calls: a model has thousands of places
-                holder = below.get(path[0])
-                if holder is not None:
-                    held = holder._modules
-                    held.pop(adapter, None)
-                    if not held:
-                        _drop(layer, path, adapter)
+                _drop_module(below, path[0], adapter)
             else:
                 _drop(layer, path, adapter)
-        if entry.method.dropout_field is not None:
-            _drop(layer, (entry.method.dropout_field,), adapter)
+        field = entry.method.dropout_field
+        if field is not None:
+            _drop_module(below, field, adapter)
+
+
+def _drop_module(below: dict[str, Any], name: str, adapter: str) -> None:
+    holder = below.get(name)
+    if holder is not None:
+        held = holder._modules
+        held.pop(adapter, None)
+        if not held:
+            del below[name]
 
 
 def _drop(layer: nn.Module, path: tuple[str, ...], adapter: str) -> None:

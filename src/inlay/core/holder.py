@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from inlay.core.entry import find_tensor
 from inlay.core.follow import Follower, base_modules
+from inlay.core.hanging import dismount
 from inlay.parallel.hooks import lower
 
 if TYPE_CHECKING:
@@ -104,6 +105,10 @@ class EntryHolder(Follower):
     def adapters_here(self) -> list[str]:
         return list(self.entries)
 
+    @property
+    def is_bare(self) -> bool:
+        return not self.entries
+
     def has(self, adapter: str) -> bool:
         return adapter in self.entries
 
@@ -119,8 +124,6 @@ class EntryHolder(Follower):
         ]
 
     def drop_adapter(self, adapter: str) -> None:
-        from inlay.core.hanging import dismount
-
         dismount(self, adapter)
 
     def taken_out(self, restore: bool) -> nn.Module:

@@ -237,6 +237,7 @@ class AdaptedLayer(ChainHolder):
         for name, tensor in tensors.items():
             storage.write(leaf, name, tensor)
         self.__dict__["_merged"] = merged
+        self.state.roster += 1
         self.__dict__["_kept"] = kept
         self._forget_chain()
         if self.state.fixed is not None:

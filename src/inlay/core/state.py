@@ -16,7 +16,7 @@ from inlay.errors import AdapterNameError, StateError, UnknownAdapterError, did_
 if TYPE_CHECKING:
     from inlay.core.fixed import FixedSlots
     from inlay.core.follow import Follower
-    from inlay.core.gradients import Tensors
+    from inlay.core.gradients import Reach
     from inlay.core.method import Method
     from inlay.core.replicate import Replication
     from inlay.core.slot import Slot
@@ -44,7 +44,7 @@ class Record:
         translation: what turns the adapter's tensors into those of a checkpoint and back, where that is not left to
             slots; see ``checkpoint.translation``.
         slot: it is a place for registered adapters; see ``inlay.residency``.
-        tensors: where its gradients are switched, once that was looked up; see ``core.gradients``.
+        reach: where its gradients are switched, once that was looked up; see ``core.gradients``.
     """
 
     config: Any
@@ -57,10 +57,10 @@ class Record:
     saved: dict[str, Any] = field(default_factory=dict)
     translation: Any = None
     slot: bool = False
-    tensors: Tensors | None = field(default=None, repr=False, compare=False)
+    reach: Reach | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tensors": None}
+        return {**self.__dict__, "reach": None}
 
 
 class Residency(Protocol):
@@ -89,7 +89,7 @@ class State:
         training: adapters whose gradients may be on; the others are not looked at when adapters are switched. Who
             switches gradients on by hand, and not by adapter, is left alone.
         residency: knows adapters that are registered and not in the model, if there are any.
-        roster: grows with every layer that comes or goes.
+        roster: grows with every layer that comes or goes, or has something merged.
         fixed: places that compiled code has the active adapters in, where the model was prepared for that.
     """
 

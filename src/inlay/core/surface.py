@@ -54,6 +54,7 @@ class LayerSurface(EntryHolder):
     @merged_adapters.setter
     def merged_adapters(self, names: Iterable[str]) -> None:
         self.__dict__["_merged"] = tuple(names)
+        self.state.roster += 1
         self.state.touch()
 
     @property
