@@ -80,7 +80,9 @@ class Reach:
         return True
 
 
-def _find(entry: Any, layer: nn.Module, links: dict[tuple[int, str], Link], places: dict[tuple[int, str], Place]) -> None:
+def _find(
+    entry: Any, layer: nn.Module, links: dict[tuple[int, str], Link], places: dict[tuple[int, str], Place]
+) -> None:
     """Add the places of an entry's tensors that may train, and what is on the way to them."""
     for _, containers, leaf in entry.trained:
         module: Any = entry.home if entry.home is not None else layer

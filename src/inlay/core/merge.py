@@ -14,6 +14,7 @@ from inlay.core.merge_bound import known_finite, note_finite, proved_finite
 from inlay.core.merge_rows import InPlace, low_rank_updates, matrix_in_place
 from inlay.core.merge_rules import check_mergeable, check_order, check_shared, merged_finite
 from inlay.core.packed import PackedKept, Packing, can_pack
+from inlay.core.pages import copied
 from inlay.core.state import State
 from inlay.errors import ConfigError, MergeError, StateError, did_you_mean
 from inlay.parallel.fsdp import settle
@@ -231,7 +232,7 @@ def unmerge(state: State) -> bool:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    copy = tensor.detach().to("cpu", copy=True)
+    copy = copied(tensor)
     if known_finite(tensor):
         note_finite(copy)
     return copy
