@@ -21,32 +21,60 @@ from torch import Tensor, nn
 from inlay.core.plan import plan
 from inlay.core.registry import method_class
 from inlay.errors import InlayError
+from inlay.methods.adalora import AdaLoraConfig
+from inlay.methods.adamss import AdamssConfig
 from inlay.methods.beft import BeftConfig
 from inlay.methods.boft import BOFTConfig
+from inlay.methods.c3a import C3AConfig
 from inlay.methods.deft import DeftConfig
+from inlay.methods.delora import DeloraConfig
 from inlay.methods.fourierft import FourierFTConfig
+from inlay.methods.frod import FrodConfig
 from inlay.methods.glora import GloraConfig
+from inlay.methods.gralora import GraloraConfig
 from inlay.methods.hira import HiraConfig
 from inlay.methods.hra import HRAConfig
 from inlay.methods.ia3 import IA3Config
+from inlay.methods.lily import LilyConfig
 from inlay.methods.ln_tuning import LNTuningConfig
 from inlay.methods.loha import LoHaConfig
+from inlay.methods.lokr import LoKrConfig
 from inlay.methods.lora import EvaConfig, LoftQConfig, LoraConfig
+from inlay.methods.miss import MissConfig
 from inlay.methods.oft import OFTConfig
 from inlay.methods.osf import OSFConfig
 from inlay.methods.peanut import PeanutConfig
+from inlay.methods.poly import PolyConfig
 from inlay.methods.psoft import PsoftConfig
 from inlay.methods.pvera import PveraConfig
 from inlay.methods.randlora import RandLoraConfig
 from inlay.methods.road import RoadConfig
+from inlay.methods.shira import ShiraConfig
 from inlay.methods.supertuning import SupertuningConfig
+from inlay.methods.tinylora import TinyLoraConfig
 from inlay.methods.trainable_tokens import TrainableTokensConfig
+from inlay.methods.unilora import UniLoraConfig
+from inlay.methods.vblora import VBLoRAConfig
 from inlay.methods.vera import VeraConfig
+from inlay.methods.waveft import WaveFTConfig
 from inlay.testing.layers import BATCH, LayerCase, Pair
 
 # `make test-all` sets it: every law over every cell, instead of a cover of pairs.
 ALL_CELLS = os.environ.get("INLAY_ALL_CELLS", "0") not in ("", "0")
 Target = dict[str, Any]
+
+
+def largest(layer: Any, r: int) -> Tensor:
+    """A mask for SHiRA: the largest entries of a weight."""
+    weight = layer.weight.detach()
+    chosen = weight.abs().flatten().topk(r * sum(weight.shape)).indices
+    return torch.zeros_like(weight).flatten().index_fill(0, chosen, 1.0).view_as(weight)
+
+
+def masked(config: Any) -> Any:
+    """Give a config of SHiRA a mask function."""
+    config.mask_fn = largest
+    return config
 
 
 # -- methods: what to adapt -> config ---------------------------------------------------------------------------------
@@ -106,17 +134,43 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "beft": lambda target: BeftConfig(**target),
     "peanut": lambda target: PeanutConfig(r=4, act_fn="silu", **target),
     "peanut_deep": lambda target: PeanutConfig(r=4, depth=2, act_fn="gelu", scaling=0.5, **target),
+    "lokr": lambda target: LoKrConfig(r=1, alpha=3, decompose_both=True, **target),
+    "lokr_whole": lambda target: LoKrConfig(r=4, alpha=6, init_weights=False, **target),
+    "lokr_effective": lambda target: LoKrConfig(
+        r=1, alpha=3, use_effective_conv2d=True, decompose_factor=2, init_weights="lycoris", **target
+    ),
+    "c3a": lambda target: C3AConfig(block_size=2, **target),
+    "c3a_zero": lambda target: C3AConfig(block_size=4, init_weights=True, **target),
+    "gralora": lambda target: GraloraConfig(r=4, alpha=6, **target),
+    "gralora_hybrid": lambda target: GraloraConfig(r=4, hybrid_r=2, alpha=6, **target),
+    "miss": lambda target: MissConfig(r=5, **target),
+    "miss_mini": lambda target: MissConfig(r=4, mini_r=2, init_weights="mini", **target),
+    "miss_bat": lambda target: MissConfig(r=2, init_weights="bat", **target),
+    "waveft": lambda target: WaveFTConfig(n_frequency=8, scaling=4.0, wavelet_family="db2", **target),
+    "waveft_entries": lambda target: WaveFTConfig(n_frequency=8, scaling=4.0, use_idwt=False, **target),
+    "shira": lambda target: ShiraConfig(r=1, **target),
+    "shira_masked": lambda target: masked(ShiraConfig(r=1, mask_type="largest", **target)),
+    "delora": lambda target: DeloraConfig(r=3, delora_lambda=3, **target),
+    "vblora": lambda target: VBLoRAConfig(r=3, num_vectors=6, vector_length=4, init_logits_std=1.0, **target),
+    "unilora": lambda target: UniLoraConfig(r=3, theta_d_length=11, init_theta_d_bound=0.5, **target),
+    "tinylora": lambda target: TinyLoraConfig(u=5, weight_tying=0.5, **target),
+    "tinylora_apart": lambda target: TinyLoraConfig(r=3, u=4, init_weights="uniform", init_v_bound=0.5, **target),
     "vera": lambda target: VeraConfig(r=5, d_initial=0.7, **target),
     "fourierft": lambda target: FourierFTConfig(n_frequency=8, scaling=30.0, **target),
     "fourierft_zero": lambda target: FourierFTConfig(n_frequency=6, scaling=30.0, init_weights=True, **target),
     "ln_tuning": lambda target: LNTuningConfig(**target),
     "supertuning": lambda target: SupertuningConfig(sparsity=0.7, **target),
-    "supertuning_supra": lambda target: SupertuningConfig(sparsity=0.8, select_top=False, r=2, lora_alpha=3.0, **target),
+    "supertuning_supra": lambda target: SupertuningConfig(sparsity=0.8, select_top=False, r=2, **target),
     "osf": lambda target: OSFConfig(**target),
+    "adalora": lambda target: AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, total_step=20, **target),
+    "poly": lambda target: PolyConfig(r=3, n_skills=2, **target),
+    "lily": lambda target: LilyConfig(r=3, num_B=3, scaling=0.7, **target),
+    "frod": lambda target: FrodConfig(sparse_rate=0.1, **target),
+    "adamss": lambda target: AdamssConfig(r=6, num_subspaces=3, subspace_rank=2, **target),
     "trainable_tokens": lambda target: TrainableTokensConfig(token_indices=[6, 2, 3], **target),
 }
 # methods whose fresh adapter changes the output by design
-CHANGES_AT_INIT = {"lora_random", "lora_loftq", "hra_joint", "deft_para", "fourierft"}
+CHANGES_AT_INIT = {"lora_random", "lora_loftq", "hra_joint", "deft_para", "lokr_whole", "c3a", "fourierft"}
 # methods that train base parameters, which one adapter of a model can do
 TRAINS_BASE = {"lora_base_bias"}
 
@@ -149,7 +203,7 @@ KINDS: dict[str, LayerCase] = {
     "embedding_padding": LayerCase(token_table(padding_idx=1), TOKENS, vocabulary=11, padding=1),
     "embedding_max_norm": LayerCase(token_table(max_norm=1.5), TOKENS, vocabulary=11),
     "embedding_scaled": LayerCase(
-        lambda: ScaledEmbedding(11, 12, padding_idx=0, scale=3.5), TOKENS, vocabulary=11, padding=0
+        lambda: ScaledEmbedding(12, 12, padding_idx=0, scale=3.5), TOKENS, vocabulary=12, padding=0
     ),
     "layernorm": LayerCase(lambda: nn.LayerNorm(12), FEATURES),
     "layernorm_planes": LayerCase(lambda: nn.LayerNorm((3, 4)), (BATCH, 2, 3, 4)),
@@ -202,6 +256,16 @@ REFUSED: list[tuple[str, str, str]] = [
     ("trainable_tokens", "conv?d_[!h]*", "rows of an embedding or of an output head"),
     ("trainable_tokens", "conv?d", "rows of an embedding or of an output head"),
     ("trainable_tokens", "[!e]*norm*", "rows of an embedding or of an output head"),
+    ("vblora", "experts*", "target_parameters"),
+    ("vblora", "parameter", "target_parameters"),
+    ("vblora", "conv2d_depthwise", "does not divide its 9 inputs"),
+    ("vblora", "conv2d_grouped", "does not divide its 18 inputs"),
+    ("vblora", "embedding*", "does not divide its 11 inputs"),
+    ("vblora", "[!e]*norm*", "does not divide its 1 inputs"),
+    ("unilora", "experts*", "target_parameters"),
+    ("unilora", "parameter", "target_parameters"),
+    ("tinylora*", "experts*", "target_parameters"),
+    ("tinylora*", "parameter", "target_parameters"),
     ("pvera", "[!e]*norm*", "draws noise in a forward pass"),
     ("pvera", "attention*", "draws noise in a forward pass"),
     ("osf", "[!e]*norm*", "no singular direction to keep"),
@@ -219,10 +283,25 @@ REFUSED: list[tuple[str, str, str]] = [
     *(("pvera", kind, "draws noise in a forward pass") for kind in ("experts*", "parameter")),
     *(("beft", kind, "no bias of its own") for kind in ("experts*", "parameter")),
     ("trainable_tokens", "experts*", "rows of an embedding or of an output head"),
+    *(
+        (method, kind, "does not divide")
+        for method in ("c3a*", "gralora*", "miss_bat")
+        for kind in ("conv2d_depthwise", "embedding", "embedding_[mp]*", "[!e]*norm*")
+    ),
+    ("c3a_zero", "conv2d_grouped", "does not divide"),
+    ("miss*", "[!e]*norm*", "more than the 1 columns"),
+    ("shira*", "[!e]*norm*", "entries of a weight"),
+    ("shira_masked", "experts*", "chooses entries of one matrix"),
+    *(
+        (m, kind, "and here the layer only gets another weight")
+        for m in ("poly", "lily")
+        for kind in ("[!e]*norm*", "attention", "attention_b*", "experts*", "parameter")
+    ),
     ("*", "attention_kdim", "holds three projections apart"),
 ]
 # planned and run, but not written into a weight
 UNMERGEABLE: list[tuple[str, str, str]] = [
+    *((m, "*", "depends on the data") for m in ("poly", "lily")),
     ("lora", "conv2d_grouped", "crosses them"),
     ("lora_*", "conv2d_grouped", "crosses them"),
     ("beft", "linear_nobias", "no bias"),
@@ -231,7 +310,7 @@ UNMERGEABLE: list[tuple[str, str, str]] = [
     *(
         (m, "embedding_max_norm", "renormalises rows above max_norm")
         for m in METHODS
-        if not m.startswith(("oft", "hra", "deft_para"))
+        if not m.startswith(("oft", "hra", "deft_para", "beft", "poly", "lily"))
     ),
     ("lora_bias", "linear_nobias", "no bias"),
     ("lora_bias", "conv2d", "no bias"),

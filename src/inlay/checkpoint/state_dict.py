@@ -19,6 +19,7 @@ from inlay.checkpoint.translation import collected, renamed
 from inlay.checkpoint.tree import TRANSPARENT, Tree
 from inlay.checkpoint.write import write
 from inlay.core.initial import derive_loaded
+from inlay.core.method import Method
 from inlay.errors import CheckpointError, CheckpointMismatchError, InlayWarning, StateError, did_you_mean
 
 __all__ = ["get_peft_model_state_dict", "load_tensors", "saved_tensors", "set_peft_model_state_dict"]
@@ -77,7 +78,8 @@ def saved_tensors(
     for key, (source, transposed) in index.derived.items():
         value = result[index.rendered(source.key)]
         result[index.rendered(key)] = value.mT if transposed else value
-    return collected(tree, index, adapter, result, state_dict)
+    record = tree.state.record(adapter)
+    return collected(tree, index, adapter, record.method.pack(record.config, result), state_dict)
 
 
 class _Given:
@@ -171,6 +173,9 @@ def load_tensors(
     where = f"{source}: " if source else ""
     try:
         given = without_wrappers(index, renamed(tree, index, adapter, tensors))
+        record = tree.state.record(adapter)
+        if type(record.method).unpack is not Method.unpack:
+            given = record.method.unpack(record.config, dict(given))
         tensors = migrated(tree, index, given, adapter)
         further = embedding_targets(tree)
         if not (tree.state.policy.strict_load if strict is None else strict):

@@ -74,7 +74,8 @@ class Target:
             raise CheckpointError(f"{self.memory!r} is on the meta device: it has no values to save")
         if self.slot is not None and full.shape == self.room:
             full = self.slot.resized(full, self.shape)
-        if full.shape != self.shape or (full.numel() == 0 and self.attribute in self.module._parameters):
+        empty = full.numel() == 0 and self.slot is None and self.attribute in self.module._parameters
+        if full.shape != self.shape or empty:
             raise CheckpointError(
                 f"{self.memory!r}: expected the whole tensor of shape {tuple(self.shape)}, found shape "
                 f"{tuple(full.shape)}. Its shards were not gathered: pass state_dict= with gathered values"

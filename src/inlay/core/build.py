@@ -47,13 +47,13 @@ def build(plan: Plan, placement: Placement, low_memory: bool, fill: bool, seed: 
     site, dtype, layout = placement.site, placement.dtype, placement.layout
     own_seed = plan.policy.own_seed
     if fill and not low_memory and own_seed and layout is None and placement.device == _CPU:
-        return {role: _filled(slot, site, slot.dtype or dtype, seed) for role, slot in placement.slots.items()}
+        return {role: _filled(slot, site, slot.dtype or dtype, seed) for role, slot in placement.own.items()}
     if fill and not low_memory and not own_seed:
         for slot in placement.slots.values():
             if slot.discarded is not None:
                 slot.discarded(torch.empty(slot.shape, dtype=placement.dtype), torch.default_generator)
     tensors = {}
-    for role, slot in placement.slots.items():
+    for role, slot in (placement.own if own_seed else placement.slots).items():  # PEFT draws what it then replaces
         device = _META if low_memory and slot.saved else placement.device  # no load would bring the others
         tensor = _new(slot, site, dtype, device, plan, seed, fill or slot.buffer or not slot.saved)
         tensors[role] = tensor if layout is None else spread(tensor, slot, layout)

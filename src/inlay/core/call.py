@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
+from torch import Tensor
 
 from inlay.core.routes import Routes
 
@@ -41,6 +42,7 @@ class Call:
         disabled: no adapter at all.
         active: the active adapters, where they are not those that the state has now: a checkpointed block is recomputed
             with the ones that it ran with.
+        tasks: (samples,) the task of each sample, for methods that choose by it, or None.
         expand: beams or return sequences per sample; a layer may see that many rows of each, one after the other.
         routes: which rows each adapter serves, for all layers; None where code is traced.
     """
@@ -51,6 +53,7 @@ class Call:
     active: tuple[str, ...] | None = None
     expand: int = 1
     routes: Routes | None = None
+    tasks: Tensor | None = None
 
     def names_for(self, x: Any) -> tuple[str, ...]:
         """Return the adapter of each row of a layer's input."""
@@ -73,7 +76,12 @@ open_calls = _local  # its ``calls`` are those that the running thread has open
 
 @contextmanager
 def opened(
-    state: State, *, names: Sequence[str] | None = None, disabled: bool | None = None, expand: int = 1
+    state: State,
+    *,
+    names: Sequence[str] | None = None,
+    disabled: bool | None = None,
+    expand: int = 1,
+    tasks: Tensor | None = None,
 ) -> Iterator[Call]:
     """Open a call on ``state`` for the running thread; what is not given is inherited from the enclosing one."""
     before = _local.calls
@@ -83,6 +91,8 @@ def opened(
         call = replace(call, names=tuple(names), expand=expand, routes=routes)
     if disabled is not None:
         call = replace(call, disabled=disabled)
+    if tasks is not None:
+        call = replace(call, tasks=tasks)
     _local.calls = (*before, call)
     try:
         yield call

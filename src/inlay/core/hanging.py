@@ -63,6 +63,9 @@ def hang_all(
     kind, site = placement.kind, placement.site
     below: dict[str, Any] = layer._modules
     for role, slot, containers, leaf, plain in placement.slots.hung:
+        if role in placement.borrowed:
+            _borrow(layer, adapter, containers, placement.borrowed[role])
+            continue
         if not plain:
             hang(layer, adapter, slot, tensors[role], partial(kind.leaf, site, slot), trainable)
             continue
@@ -76,6 +79,16 @@ def hang_all(
             module = held[adapter] = kind.leaf(site, slot)
             module.__dict__["training"] = layer.training
         module._parameters[leaf] = _parameter(tensors[role], trainable and slot.trainable)
+
+
+def _borrow(layer: nn.Module, adapter: str, containers: tuple[str, ...], lender: Placement) -> None:
+    """Let a layer have the very module that holds a tensor of another layer."""
+    from inlay.core.initial import standing
+
+    held: Any = standing(lender)
+    for part in containers:
+        held = held._modules[part]
+    container(layer, containers, Names)._modules[adapter] = held._modules[adapter]
 
 
 def _parameter(tensor: Tensor, trainable: bool) -> nn.Parameter:

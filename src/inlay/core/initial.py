@@ -14,11 +14,14 @@ from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method, P
 from inlay.core.slot import Slot
 from inlay.core.state import State
+from inlay.parallel.tensors import gather
 
 if TYPE_CHECKING:
+    from inlay.core.kind import Kind
     from inlay.core.plan import Placement, Plan
+    from inlay.core.targets import Place
 
-__all__ = ["Undo", "derive", "derive_loaded", "derives", "standing", "wide_base"]
+__all__ = ["Undo", "derive", "derive_loaded", "derives", "standing", "untouched", "wide_base"]
 
 # One step back, should a later step of an injection fail.
 Undo = Callable[[], object]
@@ -38,6 +41,18 @@ def standing(placement: Placement) -> AdaptedLayer | None:
 def wide_base(layer: AdaptedLayer) -> Affine:
     """Return the untouched map of a layer, whole, in a dtype in which sums are exact enough to be rounded once."""
     base = layer.base_affine(whole=True)
+    return base.to(merge_dtype(base.weight.dtype))
+
+
+def untouched(place: Place, kind: Kind, site: Site) -> Affine:
+    """Return the same of a layer that may have no adapter yet."""
+    layer = place.module
+    while isinstance(layer, AdaptedLayer):
+        if layer.site.parameter == site.parameter:
+            return wide_base(layer)
+        layer = layer.base_layer
+    base = kind.read(place.base, site)
+    base = Affine(gather(base.weight.detach()), None if base.bias is None else gather(base.bias.detach()))
     return base.to(merge_dtype(base.weight.dtype))
 
 

@@ -19,6 +19,7 @@ from inlay.core.hanging import container, dismount, drop_shared, hang, hang_all
 from inlay.core.initial import Undo, derive, standing
 from inlay.core.join import joined, offsets
 from inlay.core.layer import AdaptedLayer
+from inlay.core.lifecycle import penalises
 from inlay.core.mount import ModuleCopies
 from inlay.core.plan import Placement, Plan
 from inlay.core.readers import silence_readers
@@ -89,6 +90,8 @@ def inject(
             _mount_shared(plan, state, shared, undo, trainable)
         biased = tuple(above + name for name in biases)
         state.records[plan.adapter] = Record(plan.config, plan.method, seed, shared=dict(plan.shared), biases=biased)
+        state.penalised |= penalises(plan.method)
+        state.coupled |= plan.method.couples
         undo.append(lambda: state.records.pop(plan.adapter, None))
         if trainable:
             undo.append(lambda: state.training.discard(plan.adapter))

@@ -13,6 +13,8 @@ from inlay.core.affine import Affine, Delta, Dense, LowRank
 from inlay.core.dtype import product_dtype
 from inlay.core.fused import Updates, active_dropout, delta_reason, fused_dtype, input_reason, run_updates
 from inlay.core.method import P
+from inlay.core.tasks import tasks_of
+from inlay.kernels.halves import down, ranks_last, up
 from inlay.kernels.table import apply_delta, sum_of
 from inlay.parallel.tensors import decide, in_blocks
 
@@ -110,6 +112,25 @@ class Inner:
         """Return the update's share of the output for input ``x``."""
         layer = self.layer
         return apply_delta(layer.kind, layer.leaf_layer, layer.site, x, delta, layer.compute)
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """Take an input down to the rank of A, (r, fan_in) or one for each sample; see ``kernels.halves``."""
+        layer, dtype = self.layer, self.product_dtype(x, A.dtype)
+        if layer.site.lookup and layer.compute == "base":
+            dtype = layer.kind.weight_dtype(layer.leaf_layer) or dtype
+        return down(layer.kind, layer.leaf_layer, layer.site, x, A.to(dtype))
+
+    def up(self, t: Tensor, B: Tensor) -> Tensor:
+        """Take what :meth:`down` returned up to the output, by B, (out, r) or one for each sample."""
+        return up(self.layer.leaf_layer, self.layer.site, t, B.to(t.dtype))
+
+    def ranks_last(self, t: Tensor) -> Tensor:
+        """Turn what :meth:`down` returned so that its last axis is the rank's."""
+        return ranks_last(self.layer.site, t)
+
+    def tasks(self, x: Tensor) -> Tensor | None:
+        """Return the task of each row of the layer's input, (rows,), or None where none was chosen."""
+        return tasks_of(self.layer, x)
 
     def product_dtype(self, x: Tensor, adapter: torch.dtype) -> torch.dtype:
         """Return the dtype in which products of ``x`` with an adapter's tensors run."""

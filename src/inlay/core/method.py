@@ -6,7 +6,7 @@ activation space is cheaper. A method names no layer class, no storage, no adapt
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from inlay.config.defaults import default_targets
 from inlay.core.affine import Affine, Delta, Site
+from inlay.core.hooks import Hooks
 from inlay.core.patterns import pattern_value
 from inlay.core.slot import Slot
 from inlay.errors import TargetError, UnsupportedError
@@ -62,7 +63,7 @@ def _patterned(cls: type[Method]) -> tuple[str, ...] | None:
     return first.__dict__.get("patterned")
 
 
-class Method:
+class Method(Hooks):
     """Base class of every method; see the module's docstring for what a subclass gives.
 
     Class attributes:
@@ -71,6 +72,8 @@ class Method:
         dropout_field: the config field that holds the dropout probability on the layer's input, if there is one.
         mergeable: False where the update depends on the data.
         samples: ``forward`` draws noise in training, which no weight can stand for; a merge writes its mean.
+        couples: what a sample gets depends on the other samples of its batch.
+        reads_tasks: ``forward`` chooses by the task of each sample.
         mixed: whether PEFT lets the method take part in a mixed model.
         ties: layers that share the weight of an adapted embedding are adapted with it, without being asked.
         detaches: something is held constant in backward on purpose, so that finite differences see another slope.
@@ -86,6 +89,8 @@ class Method:
     dropout_field: ClassVar[str | None] = None
     mergeable: ClassVar[bool] = True
     samples: ClassVar[bool] = False
+    couples: ClassVar[bool] = False
+    reads_tasks: ClassVar[bool] = False
     mixed: ClassVar[bool] = False
     ties: ClassVar[bool] = False
     detaches: ClassVar[bool] = False
@@ -176,9 +181,6 @@ class Method:
         """Return one sentence that says why mathematics forbids this method at the site, or None."""
         return None
 
-    def survey(self, sites: list[Site]) -> None:
-        """Look at the sites of all layers that will be adapted, before anything else is asked of any of them."""
-
     def shared_slots(self, sites: list[Site]) -> dict[str, Slot]:
         """Return the tensors that sites share; they live at the model's root, once per adapter.
 
@@ -228,20 +230,6 @@ class Method:
     def prepare(self, site: Site, p: P, layer: Affine) -> Affine | None:
         """Set initial values that depend on the base weight; may return a new base."""
         return None
-
-    def derive(self, site: Site, p: P, layer: Affine) -> None:
-        """Set the constants (unsaved slots) that follow from the untouched weight; asked for on every loading too.
-
-        Comes before ``prepare``. ``layer`` is in float32, or wider.
-        """
-
-    def derive_shared(self, p: P, layers: Iterable[tuple[Site, Affine]]) -> None:
-        """Set shared tensors that follow from the untouched weights of all sites.
-
-        Args:
-            p: has those shared tensors that no checkpoint is going to fill.
-            layers: sites with their maps, each read when its turn comes.
-        """
 
     @property
     def skip_probability(self) -> float:

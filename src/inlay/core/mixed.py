@@ -19,6 +19,7 @@ from inlay.core.method import Method, P
 from inlay.core.mixed_graph import trace_together
 from inlay.core.ready_mixed import run_ready
 from inlay.core.state import BASE
+from inlay.core.tasks import run_apart
 from inlay.errors import RoutingError
 from inlay.kernels.grouped import Updates, add_updates
 from inlay.kernels.stacked import Stack, add_stacked
@@ -53,6 +54,8 @@ def run_routed(layer: AdaptedLayer, call: Call, args: tuple[Any, ...], kwargs: d
     here = tuple([name for name in present if name in layer.entries])
     if not here:
         return layer._run_named(BASE, args, kwargs)
+    if layer.state.coupled or call.tasks is not None:
+        return run_apart(layer, call, here, args, kwargs)
     if len(here) == len(present) == 1:
         return layer._run_named(here[0], args, kwargs)
     x = args[0] if args else next(iter(kwargs.values()))

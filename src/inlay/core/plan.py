@@ -19,6 +19,7 @@ from inlay.core.choose import check_patterns, choose, model_type, nothing_matche
 from inlay.core.copies import check_copies, plan_copies, tie_copies
 from inlay.core.dtype import adapter_dtype
 from inlay.core.extend import extend_plan, without_companions
+from inlay.core.initial import untouched
 from inlay.core.join import check_joinable
 from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
@@ -57,6 +58,7 @@ class Placement:
         source: the placement whose tensors this one uses, where layers share a weight.
         shares: paths of the other layers that hold the same weight.
         shared: which of the plan's shared tensors it uses, by the roles that they have there.
+        borrowed: roles whose tensors are those of another layer, with the placement there.
     """
 
     place: Place
@@ -72,15 +74,24 @@ class Placement:
     source: Placement | None = None
     shares: tuple[str, ...] = ()
     shared: dict[str, Slot] = field(default_factory=dict)
+    borrowed: dict[str, Placement] = field(default_factory=dict)
+
+    @property
+    def own(self) -> dict[str, Slot]:
+        """The slots whose tensors are made for it."""
+        if self.source is not None:
+            return {}
+        if not self.borrowed:
+            return self.slots
+        return {role: slot for role, slot in self.slots.items() if role not in self.borrowed}
 
     @property
     def numel(self) -> int:
-        return sum(slot.numel for slot in self.slots.values() if slot.trainable and self.source is None)
+        return sum(slot.numel for slot in self.own.values() if slot.trainable)
 
     @property
     def nbytes(self) -> int:
-        slots = () if self.source is not None else self.slots.values()
-        return sum(slot.numel * (slot.dtype or self.dtype).itemsize for slot in slots)
+        return sum(slot.numel * (slot.dtype or self.dtype).itemsize for slot in self.own.values())
 
 
 @dataclass
@@ -154,7 +165,7 @@ class Plan:
         return sum(
             slot.numel * (slot.dtype or placement.dtype).itemsize
             for placement in self.placements
-            for slot in placement.slots.values()
+            for slot in placement.own.values()
             if slot.trainable
         ) + 4 * (self.trainable - sum(placement.numel for placement in self.placements))
 
@@ -263,6 +274,8 @@ def place_method(
             "target_parameters of another adapter, so it cannot be adapted as a layer as well"
         )
     reason, site = (None, site) if site is not None else (unreadable(made, place), kind.site(place.path, base))
+    if type(method).look is not Method.look and not getattr(base, kind.weight_name).is_meta and reason is None:
+        method.look(site, untouched(place, kind, site))
     answers = ask(method, site, made.known)
     reason = reason or answers.refusal or weightless(made, kind, site, method, base)
     if reason is not None:

@@ -28,6 +28,10 @@ def share_out(plan: Plan) -> None:
     plan.shared = plan.method.shared_slots([placement.site for placement in own])
     for placement in own if plan.shared else ():
         placement.shared = plan.method.shared_at(placement.site, plan.shared)
+    lent = plan.method.borrows([placement.site for placement in own])
+    named = {placement.site.name: placement for placement in own} if lent else {}
+    for name, roles in lent.items():
+        named[name].borrowed = {role: named[lender] for role, lender in roles.items()}
 
 
 def register_shared(root: nn.Module, state: State) -> None:

@@ -57,6 +57,7 @@ class Record:
     saved: dict[str, Any] = field(default_factory=dict)
     translation: Any = None
     slot: bool = False
+    memory: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     reach: Reach | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,6 +90,8 @@ class State:
         training: adapters whose gradients may be on; the others are not looked at when adapters are switched. Who
             switches gradients on by hand, and not by adapter, is left alone.
         residency: knows adapters that are registered and not in the model, if there are any.
+        coupled: some adapter's method couples the samples of a batch.
+        penalised: some adapter's method has a term of the loss.
         roster: grows with every layer that comes or goes, or has something merged.
         fixed: places that compiled code has the active adapters in, where the model was prepared for that.
     """
@@ -105,6 +108,8 @@ class State:
     training: set[str] = field(default_factory=set)
     residency: Residency | None = field(default=None, repr=False)
     fixed: FixedSlots | None = field(default=None, repr=False)
+    coupled: bool = False
+    penalised: bool = False
     roster: int = field(default=0, repr=False)
     _layers: dict[int, weakref.ref[Any]] = field(default_factory=dict, repr=False)
     _apart: dict[int, weakref.ref[Any]] = field(default_factory=dict, repr=False)

@@ -43,7 +43,11 @@ def checked_names(state: State, names: Iterable[str], rows: int | None = None) -
 
 
 def call(
-    model: nn.Module, adapters: Iterable[str] | None = None, *, disabled: bool | None = None
+    model: nn.Module,
+    adapters: Iterable[str] | None = None,
+    *,
+    disabled: bool | None = None,
+    task_ids: Tensor | None = None,
 ) -> AbstractContextManager[Call]:
     """Choose adapters for the forwards that this thread runs inside the ``with`` block.
 
@@ -59,6 +63,7 @@ def call(
         adapters: the adapter of each sample of the batch, in order; ``__base__`` for none. None leaves the active
             ones on.
         disabled: True runs every sample without adapters.
+        task_ids: (samples,) the task of each sample, for methods that choose by it (Poly).
 
     Raises:
         StateError: the model has no adapters.
@@ -68,13 +73,19 @@ def call(
     state = state_of(model)
     if adapters is None or state.residency is None:
         names = None if adapters is None else checked_names(state, adapters)
-        return opened(state, names=names, disabled=disabled)
-    return routed(state, adapters, disabled=disabled)
+        return opened(state, names=names, disabled=disabled, tasks=task_ids)
+    return routed(state, adapters, disabled=disabled, tasks=task_ids)
 
 
 @contextmanager
 def routed(
-    state: State, names: Iterable[str], *, rows: int | None = None, expand: int = 1, disabled: bool | None = None
+    state: State,
+    names: Iterable[str],
+    *,
+    rows: int | None = None,
+    expand: int = 1,
+    disabled: bool | None = None,
+    tasks: Tensor | None = None,
 ) -> Iterator[Call]:
     """Open a call with an adapter for each sample; registered ones are in the model for as long as it is open.
 
@@ -85,7 +96,7 @@ def routed(
         checked_names(state, names)
     with (
         state.placed(list(names)) as held,
-        opened(state, names=checked_names(state, held, rows), disabled=disabled, expand=expand) as running,
+        opened(state, names=checked_names(state, held, rows), disabled=disabled, expand=expand, tasks=tasks) as running,
     ):
         yield running
 

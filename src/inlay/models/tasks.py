@@ -22,14 +22,9 @@ __all__ = [
 
 
 def _given(task_ids: Tensor | None, named: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that were given; models need not accept those that were not.
-
-    Raises:
-        UnsupportedError: ``task_ids``, which no available method reads.
-    """
-    if task_ids is not None:
-        raise UnsupportedError("task_ids: no adapter of this model chooses by task")
-    return {**{name: value for name, value in named.items() if value is not None}, **rest}
+    """Return the arguments that were given; models need not accept those that were not."""
+    given = {name: value for name, value in {**named, "task_ids": task_ids}.items() if value is not None}
+    return {**given, **rest}
 
 
 class _Generative(PeftModel):
@@ -38,7 +33,8 @@ class _Generative(PeftModel):
     def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """Return what the bare model makes of a generation step's inputs."""
         base: Any = self.get_base_model()
-        return base.prepare_inputs_for_generation(*args, **_given(task_ids, {}, kwargs))
+        inputs = base.prepare_inputs_for_generation(*args, **kwargs)
+        return inputs if task_ids is None else {**inputs, "task_ids": task_ids}
 
     @property
     def base_model_prepare_inputs_for_generation(self) -> Any:

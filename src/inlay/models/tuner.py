@@ -6,18 +6,23 @@ adapters in its own way (:meth:`AdapterModel.injects`).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from inlay.core.active import set_trainable
+from inlay.core.call import opened
 from inlay.core.layer import AdaptedLayer
+from inlay.core.lifecycle import penalty_of, step_of
 from inlay.core.mount import ModuleCopies
 from inlay.core.policy import Policy, default_policy
 from inlay.core.registry import method_class, registered_tuner
 from inlay.core.shared import register_shared
 from inlay.core.state import State, find_state
+from inlay.errors import UnsupportedError
 from inlay.models import operate
 from inlay.models.root import Configs, mark
 
@@ -99,7 +104,34 @@ class AdapterModel(nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        """Run the model. What methods add to the loss is added where the output has one and gradients are wanted."""
+        output = self._by_task(self.model, args, kwargs)
+        if self.state.penalised and torch.is_grad_enabled() and isinstance(getattr(output, "loss", None), Tensor):
+            term = penalty_of(self.state)
+            if term is not None:
+                output.loss = output.loss + term.to(output.loss.device)
+        return output
+
+    def _by_task(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model; ``task_ids`` is for methods that choose by task.
+
+        Raises:
+            UnsupportedError: there is none, and the model does not know the keyword either.
+        """
+        tasks = kwargs.get("task_ids")
+        if tasks is None:
+            return run(*args, **{name: value for name, value in kwargs.items() if name != "task_ids"})
+        if not any(record.method.reads_tasks for record in self.state.records.values()):
+            if "task_ids" not in inspect.signature(self.model.forward).parameters:
+                raise UnsupportedError("task_ids: no adapter of this model chooses by task")
+            return run(*args, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name != "task_ids"}
+        with opened(self.state, tasks=torch.as_tensor(tasks)):
+            return run(*args, **kwargs)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Let methods do what belongs to the end of a training step; see :func:`inlay.step`."""
+        step_of(self.state, global_step)
 
     # -- adapters -----------------------------------------------------------------------------------------------
 

@@ -86,9 +86,9 @@ class Wrapper(nn.Module):
             base.generation_config = own
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            return base.generate(*args, **kwargs)
+            return self.base_model._by_task(base.generate, args, kwargs)
         with self._routed(names, batch_size(args, kwargs), rows_per_prompt(base, args, kwargs)):
-            return base.generate(*args, **kwargs)
+            return self.base_model._by_task(base.generate, args, kwargs)
 
     @property
     def accepts_loss_kwargs(self) -> bool:

@@ -1,0 +1,116 @@
+"""What methods do in training beside forward and backward: a term of the loss, and something after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from inlay.errors import StateError
+
+if TYPE_CHECKING:
+    from inlay.core.affine import Site
+    from inlay.core.method import P
+    from inlay.core.state import State
+
+__all__ = ["Stepped", "moving_importance", "penalises", "penalty_of", "step_of"]
+
+
+@dataclass
+class Stepped:
+    """An adapter after a training step.
+
+    Attributes:
+        config: what will be saved; a method may write to it.
+        layers: sites with the adapter's tensors there, in the order of the model.
+        memory: what the method keeps until the next step.
+    """
+
+    config: Any
+    layers: list[tuple[Site, P]]
+    memory: dict[str, Any] = field(default_factory=dict)
+
+
+def _training(state: State, hook: str) -> Iterator[tuple[str, Any]]:
+    """Iterate over the active adapters that train and whose method has something to do, with their records."""
+    from inlay.core.method import Method
+
+    if not state.enabled:
+        return
+    for name in state.active:
+        record = state.records.get(name)
+        if record is None or name not in state.training:
+            continue
+        if getattr(type(record.method), hook) is not getattr(Method, hook):
+            yield name, record
+
+
+def _layers(state: State, name: str, method: Any) -> list[tuple[Site, P]]:
+    from inlay.core.layer import AdaptedLayer
+
+    return [
+        (entry.site, layer.params(entry))
+        for layer in state.layers()
+        if isinstance(layer, AdaptedLayer)
+        for entry in layer.entries.get(name, ())
+        if entry.method is method and entry.home is None
+    ]
+
+
+def penalises(method: Any) -> bool:
+    """Whether a method has a term of the loss."""
+    from inlay.core.method import Method
+
+    return type(method).penalty is not Method.penalty
+
+
+def penalty_of(state: State) -> Tensor | None:
+    """Return the sum of the terms that active adapters in training add to the loss; None where there is none."""
+    total: Tensor | None = None
+    for name, record in _training(state, "penalty"):
+        term = record.method.penalty([p for _, p in _layers(state, name, record.method)])
+        if term is not None:
+            total = term if total is None else total + term.to(total.device)
+    return total
+
+
+@torch.no_grad()
+def step_of(state: State, global_step: int) -> None:
+    """Let the methods of active adapters in training do what they do after a step of the optimiser."""
+    for name, record in _training(state, "step"):
+        adapter = Stepped(record.config, _layers(state, name, record.method), record.memory)
+        record.method.step(adapter, global_step)
+
+
+def moving_importance(
+    memory: dict[str, Any], key: str, tensors: Sequence[Tensor], beta1: float, beta2: float
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Follow how much the loss depends on each number of some tensors (equations 6 and 7 of arXiv:2303.10512).
+
+    Args:
+        memory: where moving means are kept.
+        key: of these tensors there.
+        tensors: parameters with gradients.
+        beta1, beta2: decay of the means of ``|w * grad|`` and of its distance from its own mean.
+
+    Returns:
+        Both means for each tensor.
+
+    Raises:
+        StateError: no tensor has a gradient.
+    """
+    if all(tensor.grad is None for tensor in tensors):
+        raise StateError(
+            f"{key!r} has no gradients: this step is for after loss.backward() and before optimizer.zero_grad()"
+        )
+    if key not in memory:
+        memory[key] = [(torch.zeros_like(tensor), torch.zeros_like(tensor)) for tensor in tensors]
+    for tensor, (mean, unsure) in zip(tensors, memory[key], strict=True):
+        now = torch.zeros_like(tensor) if tensor.grad is None else (tensor * tensor.grad).abs()
+        mean.mul_(beta1).add_(now, alpha=1 - beta1)
+        unsure.mul_(beta2).add_((now - mean).abs(), alpha=1 - beta2)
+    found: list[tuple[Tensor, Tensor]] = memory[key]
+    return found
