@@ -47,7 +47,7 @@ def delete(model: nn.Module, state: State, name: str) -> None:
         restore_readers(model)
     if len(state.records) == 1:
         _end_replication(model, state)
-    after = list(state.records)[list(state.records).index(name) + 1 :]
+    after = list(state.records)[list(state.records).index(name) + 1 :] if state.records[name].rebased else []
     record = state.records.pop(name)
     state.training.discard(name)
     if record.shared:

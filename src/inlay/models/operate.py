@@ -97,7 +97,7 @@ def apply(
     alone = made.state is None or not made.state.records  # so that it becomes active
     trains = alone and not (made.config if config is None else config).inference_mode
     state = inject(made, low_memory=low_memory, initialise=initialise, seed=seed, trainable=trains, then=finish)
-    mark(root, state)
+    mark(root, state, name)
     return state
 
 
@@ -181,7 +181,7 @@ def remove(root: nn.Module, state: State, name: str) -> None:
     """
     alone = state.active == (name,)
     delete(root, state, name)
-    mark(root, state)
+    mark(root, state, name)
     if alone and state.records:
         first = next(iter(state.records))
         activate(state, first)

@@ -35,14 +35,22 @@ class Configs(dict[str, Any]):
             records[name].config = config
         super().__setitem__(name, config)
 
-    def refresh(self) -> None:
-        """Follow what was added and deleted."""
+    def refresh(self, name: str | None = None) -> None:
+        """Follow what was added and deleted: one adapter, or whatever it was."""
+        if name is not None:
+            record = self._records.get(name)
+            if record is None:
+                self.pop(name, None)
+            elif not record.slot:
+                super().__setitem__(name, record.config)
+            if len(self) == len(self._records):
+                return
         self.clear()
         self.update(self._present())
 
 
-def mark(root: nn.Module, state: State) -> None:
-    """Make a bare model carry its state and configurations, as they are now."""
+def mark(root: nn.Module, state: State, name: str | None = None) -> None:
+    """Make a bare model carry its state and configurations, as they are now; ``name`` alone has changed if given."""
     held = root.__dict__.get("peft_config")
     if not state.records:
         if isinstance(held, Configs):
@@ -51,7 +59,7 @@ def mark(root: nn.Module, state: State) -> None:
         return
     root.__dict__["_state"] = state
     if isinstance(held, Configs) and held._records is state.records:
-        held.refresh()
+        held.refresh(name)
     else:
         root.__dict__["peft_config"] = Configs(state.records)
 
