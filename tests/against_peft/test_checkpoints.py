@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from rotating_methods import SAVED
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -89,6 +90,7 @@ CASES: dict[str, Make] = {
     "vera": lambda: peft.VeraConfig(r=3, target_modules=["lin", "wide"]),
     "vera_regenerated": lambda: peft.VeraConfig(r=3, target_modules=["lin", "wide"], save_projection=False),
     "fourierft": lambda: peft.FourierFTConfig(n_frequency=6, target_modules=["lin", "wide"]),
+    **SAVED,
     "ln_tuning": lambda: peft.LNTuningConfig(target_modules=["norm"]),
     "trainable_tokens": lambda: peft.TrainableTokensConfig(token_indices=[1, 4], target_modules=["emb"]),
 }

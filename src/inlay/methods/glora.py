@@ -61,15 +61,15 @@ class GLoRA(ReadsBase):
         return {"r": self.config.r}
 
     def refuse(self, site: Site) -> str | None:
-        if self.slots(site):
+        if any(slot.trainable for slot in self.slots(site).values()):
             return None
         return "config_A_B is 'none' and what is left acts on a bias, which this layer does not have"
 
     def slots(self, site: Site) -> dict[str, Slot]:
         found: dict[str, Slot] = {}
         forms = {"A": self.config.config_A_B, "B": self.config.config_A_B}
-        if site.bias:
-            forms |= {"C": self.config.config_C, "D": self.config.config_D_E, "E": self.config.config_D_E}
+        bias = {"C": self.config.config_C, "D": self.config.config_D_E, "E": self.config.config_D_E}
+        forms |= bias if site.bias else dict.fromkeys(bias, "none")
         for part, form in forms.items():
             rows, columns = ("fan_in", "1") if part == "C" else ("*experts out", "fan_in")
             if form == "lora":
@@ -82,6 +82,10 @@ class GLoRA(ReadsBase):
                 found[part] = self.slot(site, f"{part}.*.X", dims, KaimingUniform(fan=fan))
             elif form == "constant":
                 found[part] = self.slot(site, f"{part}.*.X", "*experts 1 1" if site.experts else "1", Normal(0.02))
+            elif site.kind == "linear":  # PEFT has zeros for what is not there, and its checkpoints hold them
+                nothing = {"buffer": True, "trainable": False}
+                dims = "out" if part in "DE" else f"{rows} {columns}"
+                found[f"{part}0"] = site.slot(f"glora_{part}.*.zeros", dims, options=nothing)
         return found
 
     def slot(self, site: Site, key: str, dims: str, start: Init, always: bool = False) -> Slot:

@@ -90,13 +90,16 @@ class PEANuT(ReadsBase):
         return {"r": config.r, "scaling": config.scaling, "depth": config.depth, "act_fn": config.act_fn}
 
     def slots(self, site: Site) -> dict[str, Slot]:
-        r, depth, start = self.config.r, self.config.depth, KaimingUniform(fan=self.config.r)
-        slots = {"A": site.slot("peanut_A.*.weight", "*experts r out", KaimingUniform(fan=site.out), r=r)}
+        r, start = self.config.r, KaimingUniform(fan=self.config.r)
+        forms = {"A": ("A.*", "*experts r out", KaimingUniform(fan=site.out))}
         for way in ("encoders", "decoders"):
-            slots |= {
-                f"{way}{i}": site.slot(f"peanut_{way}.*.{i}.weight", "*experts w w", start, w=r) for i in range(depth)
-            }
-        slots["B"] = site.slot("peanut_B.*.weight", "*experts out r", zeros if self.config.init_weights else start, r=r)
+            forms |= {f"{way}{i}": (f"{way}.*.{i}", "*experts w w", start) for i in range(self.config.depth)}
+        forms["B"] = ("B.*", "*experts out r", start)
+        slots = {}
+        for role, (key, dims, draw) in forms.items():
+            init = zeros if role == "B" and self.config.init_weights else draw
+            drawn = {"discarded": draw}
+            slots[role] = site.slot(f"peanut_{key}.weight", dims, init, options=drawn, r=r, w=r)
         return slots
 
     def change(self, site: Site, p: P, base: Affine) -> LowRank:
