@@ -38,8 +38,8 @@ class Experts(nn.Module):
     def __init__(self, is_transposed: bool = False) -> None:
         super().__init__()
         self.is_transposed = is_transposed
-        self.up = nn.Parameter(torch.randn(3, 12, 6) if is_transposed else torch.randn(3, 6, 12))
-        self.down = nn.Parameter(torch.randn(3, 6, 12) if is_transposed else torch.randn(3, 12, 6))
+        self.up = nn.Parameter(torch.randn(3, 12, 8) if is_transposed else torch.randn(3, 8, 12))
+        self.down = nn.Parameter(torch.randn(3, 8, 12) if is_transposed else torch.randn(3, 12, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = (self.up, self.down) if self.is_transposed else (self.up.mT, self.down.mT)

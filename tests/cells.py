@@ -170,7 +170,10 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "trainable_tokens": lambda target: TrainableTokensConfig(token_indices=[6, 2, 3], **target),
 }
 # methods whose fresh adapter changes the output by design
-CHANGES_AT_INIT = {"lora_random", "lora_loftq", "hra_joint", "deft_para", "lokr_whole", "c3a", "fourierft"}
+CHANGES_AT_INIT = {
+    *("lora_random", "lora_loftq", "hra_joint", "deft_para", "lokr_whole", "c3a", "fourierft"),
+    *("vblora", "unilora", "tinylora_apart"),
+}
 # methods that train base parameters, which one adapter of a model can do
 TRAINS_BASE = {"lora_base_bias"}
 

@@ -12,6 +12,7 @@ from inlay.errors import InlayError, MissingExtraError
 COMMANDS = {
     "train": "inlay.cli.train",
     "plan": "inlay.cli.plan",
+    "methods": "inlay.cli.methods",
     "inspect": "inlay.cli.inspect",
     "merge": "inlay.cli.merge",
     "export": "inlay.cli.export",

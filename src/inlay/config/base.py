@@ -52,6 +52,8 @@ class PeftConfig(Settings, PushToHub):
 
     not_saved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     """Fields that hold for this process only and are not written."""
+    beyond: ClassVar[frozenset[str]] = frozenset()
+    """Fields that PEFT's configuration does not have; written only where they are set."""
     unsaid: ClassVar[dict[str, Any]] = {"peft_version": "0.17.1"}  # the last release that did not write it
 
     task_type: TaskType | str | None = setting(
@@ -124,8 +126,9 @@ class PeftConfig(Settings, PushToHub):
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict that shares nothing with this object, without those in `not_saved`."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in self.not_saved}
+        """Return the fields as a dict of its own, without those in `not_saved`, and those in `beyond` that are not set."""
+        left_out = {*self.not_saved, *(key for key in self.beyond if getattr(self, key) is None)}
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
 
     def to_json(self, auto_mapping: dict[str, Any] | None = None) -> str:
         """Return the text of ``adapter_config.json``: sorted keys, sets as sorted lists, enums as their values.

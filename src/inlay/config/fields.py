@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 from inlay.config.settings import setting, settings
 from inlay.errors import ConfigError, InlayWarning
@@ -13,6 +13,7 @@ __all__ = [
     "ALL_LINEAR",
     "ExcludeField",
     "FanInFanOutField",
+    "FrequencyPatternField",
     "FrequencyPatternField",
     "LayerFields",
     "PatternFields",
@@ -91,13 +92,21 @@ def check_pattern_keys(config: Any, field: str) -> None:
 
 @settings
 class TargetField:
-    """``target_modules``: which modules get an adapter."""
+    """``target_modules`` and ``target_parameters``: which modules and bare parameters get an adapter."""
+
+    beyond: ClassVar[frozenset[str]] = frozenset({"target_parameters"})  # in PEFT, LoRA alone has it
 
     target_modules: list[str] | set[str] | str | None = setting(
         default=None,
         doc="Modules to adapt: names or endings of names, or one regular expression over whole names, or "
         f"'{ALL_LINEAR}' for every linear layer but the output layer; without it, the model family's defaults.",
         parameters="proportional to the number of modules matched",
+    )
+
+    target_parameters: list[str] | None = setting(
+        default=None,
+        doc="Bare parameters to adapt, by dotted name or ending, such as the stacked weights of experts.",
+        parameters="proportional to the number of matrices, for every expert",
     )
 
     def check_fields(self) -> None:
@@ -195,6 +204,21 @@ class PatternFields(RankPatternField):
 
     def check_fields(self) -> None:
         check_pattern_keys(self, "alpha_pattern")
+
+
+@settings
+class FrequencyPatternField:
+    """``n_frequency_pattern``: another number of frequencies for some modules."""
+
+    n_frequency_pattern: dict[str, int] | None = setting(
+        doc="Counts that differ from n_frequency: module name, ending or regular expression -> count.",
+        factory=dict,
+        gt=0,
+        parameters="those modules count with their own number",
+    )
+
+    def check_fields(self) -> None:
+        check_pattern_keys(self, "n_frequency_pattern")
 
 
 @settings

@@ -36,6 +36,7 @@ class LoraConfig(TargetFields, LayerFields, PatternFields, FanInFanOutField, Pef
     """Configuration of LoRA and its variants."""
 
     peft_type = PeftType.LORA
+    beyond = frozenset()
 
     r: int = setting(
         default=8, doc="Rank of the update.", gt=0, parameters="proportional: r * (in + out) a linear layer"
@@ -87,11 +88,6 @@ class LoraConfig(TargetFields, LayerFields, PatternFields, FanInFanOutField, Pef
     )
     runtime_config: LoraRuntimeConfig = setting(doc="Options of this process only.", factory=LoraRuntimeConfig)
     lora_bias: bool = setting(default=False, doc="Give B a bias.", parameters="adds out a layer")
-    target_parameters: list[str] | None = setting(
-        default=None,
-        doc="Bare parameters to adapt, by dotted name or ending, such as the stacked weights of experts.",
-        parameters="r * (in + out) a matrix, for every expert",
-    )
     use_bdlora: dict[str, Any] | None = setting(default=None, doc="Options of block-diagonal LoRA.")
     arrow_config: dict[str, Any] | None = setting(default=None, doc="Options of Arrow routing.")
     kasa_config: dict[str, Any] | None = setting(default=None, doc="Options of KaSA.")

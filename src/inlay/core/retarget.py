@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from inlay.config.types import method_name
 from inlay.core.banks import Bank, Layout, layout_of, stem
 from inlay.core.kind import kind_of
 from inlay.core.patterns import layer_index, matcher, pattern_key
@@ -28,7 +29,7 @@ def retargeted(
 ) -> dict[str, Any]:
     """Return the fields of a configuration that names former layers, rewritten for what they are now.
 
-    Layers that became parts of a parameter are meant by ``target_parameters``, which only LoRA has. Layers that have
+    Layers that became parts of a parameter are meant by ``target_parameters``, as PEFT does for LoRA. Layers that have
     another name now are looked for where no target matches anything, or where ``held`` has their tensors.
 
     Args:
@@ -47,7 +48,7 @@ def retargeted(
         return {}
     fields: dict[str, Any] = {}
     everything = places(model) if everything is None else everything
-    if hasattr(config, "target_parameters") and any(map(_holds_stack, (model, *(p.base for p in everything)))):
+    if method_name(config.peft_type) == "LORA" and any(map(_holds_stack, (model, *(p.base for p in everything)))):
         fields = _stacked(model, config, held, prefixes)
     if fields:
         config = copy.copy(config)

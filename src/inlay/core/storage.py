@@ -13,7 +13,7 @@ from inlay.core.registry import load_installed
 from inlay.errors import UnsupportedError
 from inlay.parallel.tensors import is_distributed, scatter
 
-__all__ = ["Storage", "floating_dtype", "onloaded", "read", "register_storage", "storage_of", "write"]
+__all__ = ["Storage", "floating_dtype", "names", "onloaded", "read", "register_storage", "storage_of", "write"]
 
 
 class Storage:
@@ -56,6 +56,11 @@ _storages: list[Storage] = [PLAIN]
 def register_storage(storage: Storage) -> None:
     """Add a storage; later ones are asked first. One of the same class that is there already gives way."""
     _storages[:] = [storage, *(one for one in _storages if type(one) is not type(storage))]
+
+
+def names() -> list[str]:
+    """Return the names of all storages, in the order in which they are asked."""
+    return [one.name for one in _storages]
 
 
 def storage_of(module: nn.Module) -> Storage:
