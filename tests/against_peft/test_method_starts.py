@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from rotating_methods import DRAWN as ROTATING
+from structured_methods import DRAWN as STRUCTURED
 from test_methods import CELLS, T, every_cell, loha, lora, oft, tokens
 from torch import nn
 from twins import LAYERS, PREFIX, Layer, Twins, close, ours_of
@@ -54,6 +55,7 @@ DRAWN = [
     pytest.param(lambda: peft.VeraConfig(r=900, **T, init_weights=False), LARGE, id="vera"),
     *[pytest.param(make, LARGE, id=name) for name, make in ROTATING],
     pytest.param(lambda: peft.FourierFTConfig(n_frequency=1000, **T), LARGE, id="fourier"),
+    *[pytest.param(make, LARGE, id=name) for name, make in STRUCTURED],
     pytest.param(lambda: tokens(init_weights=False), LARGE_TABLE, id="tokens"),
 ]
 
@@ -147,9 +149,10 @@ def test_every_method_is_here():
     families = {type(cell.values[0]()).__name__ for cell in CELLS}
     assert families == {
         *("LoraConfig", "IA3Config", "LoHaConfig", "OFTConfig", "VeraConfig", "FourierFTConfig", "LNTuningConfig"),
-        "TrainableTokensConfig",
+        *("TrainableTokensConfig", "PveraConfig", "RandLoraConfig", "VBLoRAConfig", "UniLoraConfig", "TinyLoraConfig"),
         *("BOFTConfig", "HRAConfig", "RoadConfig", "HiraConfig", "DeftConfig", "GloraConfig", "PsoftConfig"),
-        *("BeftConfig", "PeanutConfig"),
+        *("BeftConfig", "PeanutConfig", "LoKrConfig", "C3AConfig", "GraloraConfig", "MissConfig", "WaveFTConfig"),
+        *("ShiraConfig", "DeloraConfig"),
     }
 
 

@@ -102,6 +102,15 @@ def ours_of(config: Any) -> Any:
     return registry.config_class(config.peft_type.value)(**given)
 
 
+def by_our_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return parameters by Inlay's names; what layers share is the model's there, and PEFT's first layer has it too."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) not in found or (name.startswith("base_model.") and not name.startswith(PREFIX)):
+            found[id(p)] = (name.removeprefix(PREFIX).removeprefix("base_model."), p)
+    return dict(found.values())
+
+
 class Twins:
     """PEFT's model ``theirs`` and Inlay's ``ours``, with equal base weights and, after ``equalise``, adapters."""
 
@@ -117,7 +126,7 @@ class Twins:
             self.state: State = inject(plan(self.ours, mine, policy=policy))
 
     def their_parameters(self) -> dict[str, nn.Parameter]:
-        return {name.removeprefix(PREFIX): p for name, p in self.theirs.named_parameters()}
+        return by_our_names(self.theirs)
 
     def equalise(self, size: float = 0.3) -> Twins:
         """Move PEFT's adapter off its initial values, and give Inlay's the same ones."""
@@ -137,7 +146,7 @@ class Twins:
         y = model(x)
         weights = torch.linspace(-1.0, 2.0, y.numel()).cos().view(y.shape)
         (y * weights).sum().backward()
-        gradients = {n.removeprefix(PREFIX): p.grad for n, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad for name, p in by_our_names(model).items() if p.grad is not None}
         if x.is_floating_point():
             assert x.grad is not None
             gradients["x"] = x.grad

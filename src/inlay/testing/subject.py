@@ -145,10 +145,12 @@ class Subject:
 def perturb(state: State, name: str, size: float = 0.3) -> None:
     """Add noise to every trainable tensor of an adapter, so that no law holds for want of an effect."""
     seen: set[int] = set()
+    shared = {slot.place: slot for slot in state.record(name).shared.values()}
     for layer in state.layers():
         for entry in layer.entries.get(name, ()) if isinstance(layer, AdaptedLayer) else ():
             values = layer.params(entry)
-            for role, slot in entry.method.slots(entry.site).items():
+            common = [(role, shared[place]) for role, *rest in entry.shared if (place := (rest[0], rest[1])) in shared]
+            for role, slot in (*entry.method.slots(entry.site).items(), *common):
                 tensor = getattr(values, role)
                 if not slot.trainable or id(tensor) in seen:
                     continue
