@@ -52,6 +52,8 @@ LATER = {
     "tuners.lora.variants": "LoRA variants",
     "tuners.lora.velora": "LoRA variants",
     "tuners.ia3.bnb": "quantised layers",
+    "tuners.hira.bnb": "quantised layers",
+    "tuners.road.bnb": "quantised layers",
     "utils.incremental_pca": "initialisers",
     "utils.loftq_utils": "initialisers",
     "utils.quantization_utils.Bnb4bitBackend": "quantised layers",
@@ -94,6 +96,17 @@ NOT_OFFERED = {
     "tuners.mixed.model.PREFIXES": "every method may be mixed",
     "tuners.oft.layer.MultiplicativeDropoutLayer": INSIDE,
     "tuners.oft.layer.OFTRotationModule": INSIDE,
+    **{
+        f"tuners.{name}": INSIDE
+        for name in (
+            *("boft.layer.FastBlockDiag", "boft.layer.MultiplicativeDropoutLayer", "boft.layer.get_fbd_cuda"),
+            *("boft.layer.patch_environment", "glora.layer.GloraEmptyPath", "glora.layer.GloraLoraPath"),
+            *("glora.layer.GloraPath", "glora.layer.GloraScalarPath", "glora.layer.GloraVectorPath"),
+            *("hira.layer.dispatch_default", "psoft.layer.OrthLayer", "psoft.layer.dispatch_default"),
+            *("road.layer.dispatch_default",),
+        )
+    },
+    "tuners.road.config.RoadVariant": "a name for type hints",
     "utils.other.create_attention_mask": "comes with the prompt methods",
     "utils.quantization_utils.LayerType": "a name for type hints",
 }

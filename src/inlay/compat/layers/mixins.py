@@ -27,8 +27,11 @@ from inlay.kinds.linear import Linear
 __all__ = ["MODULE_DICTS", "TensorLayer", "holder_of", "refill"]
 
 # names of PEFT's that hold modules by adapter name; the others hold parameters
-MODULE_DICTS = {"lora_A", "lora_B", "lora_magnitude_vector", "oft_R", "oft_embedding_R", "ln_tuning_layers"} | {
-    f"{method}_dropout" for method in ("lora", "vera", "oft")
+MODULE_DICTS = {
+    *("lora_A", "lora_B", "lora_magnitude_vector", "oft_R", "oft_embedding_R", "ln_tuning_layers", "psoft_R"),
+    *("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"),
+    *(f"glora_{part}" for part in "ABCDE"),
+    *(f"{method}_dropout" for method in ("lora", "vera", "oft", "boft", "hira", "deft", "psoft")),
 }
 
 
