@@ -72,6 +72,11 @@ class DeLoRA(Method):
     def options(self, site: Site) -> dict[str, Any]:
         return {"r": self.by_pattern("rank_pattern", site, self.config.r)}
 
+    def refuse(self, site: Site) -> str | None:
+        if site.fan_in == 1:
+            return "DeLoRA trains the directions of rows, and a row that is a single number has none"
+        return None
+
     def slots(self, site: Site) -> dict[str, Slot]:
         r = self.options(site)["r"]
         bound = float(self.by_pattern("lambda_pattern", site, self.config.delora_lambda))
