@@ -163,7 +163,7 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "supertuning_supra": lambda target: SupertuningConfig(sparsity=0.8, select_top=False, r=2, **target),
     "osf": lambda target: OSFConfig(**target),
     "adalora": lambda target: AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, total_step=20, **target),
-    "poly": lambda target: PolyConfig(r=3, n_skills=2, **target),
+    "poly": lambda target: PolyConfig(r=2, n_skills=2, **target),
     "lily": lambda target: LilyConfig(r=3, num_B=3, scaling=0.7, **target),
     "frod": lambda target: FrodConfig(sparse_rate=0.1, **target),
     "adamss": lambda target: AdamssConfig(r=6, num_subspaces=3, subspace_rank=2, **target),

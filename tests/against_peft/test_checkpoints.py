@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from structured_methods import NOT_IN_MEMORY
 from structured_methods import SAVED as STRUCTURED
 from torch import Tensor, nn
+from trained_tables import SAVED_TRAINED
 from twins import ours_of
 
 import inlay
@@ -94,6 +95,7 @@ CASES: dict[str, Make] = {
     "fourierft": lambda: peft.FourierFTConfig(n_frequency=6, target_modules=["lin", "wide"]),
     **SAVED,
     **STRUCTURED,
+    **SAVED_TRAINED,
     "ln_tuning": lambda: peft.LNTuningConfig(target_modules=["norm"]),
     "trainable_tokens": lambda: peft.TrainableTokensConfig(token_indices=[1, 4], target_modules=["emb"]),
 }
@@ -133,7 +135,8 @@ def shaken(model: nn.Module) -> nn.Module:
 
 def same_output(case: str, first: nn.Module, second: nn.Module) -> None:
     if case not in OTHER_OUTPUTS:
-        torch.testing.assert_close(first(X), second(X), rtol=2e-6, atol=2e-6)
+        near = 1e-4 if case.startswith("frod") else 2e-6  # PEFT makes the weight anew from its factors
+        torch.testing.assert_close(first(X), second(X), rtol=near, atol=near)
 
 
 @QUIET

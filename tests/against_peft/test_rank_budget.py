@@ -56,7 +56,7 @@ def train(model: Any, steps: range) -> list[float]:
     losses = []
     for step in steps:
         optimiser.zero_grad()
-        loss = model(*batch(step)).loss
+        loss = model.base_model(*batch(step)).loss  # a plain PeftModel of PEFT passes its tuner by
         loss.backward()
         optimiser.step()
         model.base_model.update_and_allocate(step)
@@ -149,10 +149,11 @@ def test_the_term_of_the_loss_is_for_training(trained: tuple[Any, Any]) -> None:
     with torch.no_grad():
         plain = (ours(*x).y - x[1]).square().mean()
         assert float(ours(*x).loss) == pytest.approx(float(plain))
-        assert float(theirs(*x).loss) > float(plain) + 0.1
+        assert float(theirs.base_model(*x).loss) > float(plain) + 0.1
     term = inlay.penalty(ours)
     assert term is not None
     assert float(ours(*x).loss) == pytest.approx(float(plain + term))
+    assert float(theirs(*x).loss) == pytest.approx(float(plain), rel=1e-4)  # the plain wrapper; docs/differences.md
 
 
 def test_no_gradients_are_said_and_a_budget_of_all_ranks_takes_none() -> None:
@@ -167,7 +168,7 @@ def test_no_gradients_are_said_and_a_budget_of_all_ranks_takes_none() -> None:
 
 def test_equal_importance_takes_no_more_than_the_budget_says() -> None:
     """With E at zero nothing is important yet, and PEFT takes every rank away at once; docs/differences.md."""
-    theirs, ours = pair(tinit=0, deltaT=1)
+    theirs, ours = pair(tinit=0, deltaT=1, orth_reg_weight=0.0)
     with torch.no_grad():
         for model in (theirs, ours):
             for name, parameter in model.named_parameters():

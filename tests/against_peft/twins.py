@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,7 +98,8 @@ LAYERS = {
 
 def ours_of(config: Any) -> Any:
     """Return Inlay's config with the values of PEFT's."""
-    usual = vars(type(config)())
+    fields = dataclasses.fields(config)
+    usual = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
     given = {name: copy.deepcopy(value) for name, value in vars(config).items() if usual.get(name, value) != value}
     return registry.config_class(config.peft_type.value)(**given)
 

@@ -42,6 +42,8 @@ def key_index(tree: Tree, adapter: str) -> KeyIndex:
         for target in find(tree, adapter):
             index.add(target)
     _add_tied(index, tree, adapter)
+    if type(tree.state.record(adapter).method).borrows is not Method.borrows:
+        _add_lent(index, tree, adapter)
     _add_repeated(index, tree, adapter)
     return index
 

@@ -48,6 +48,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
         "inlay.compat.constants",
     ),
     "tuners.": ("inlay.compat.tuners", "inlay.compat.layers"),
+    "tuners.adamss.asa_callback": ("inlay.training.callback",),
     "tuners.lora.conversion": ("inlay.models.conversion",),
     "tuners.lora.intruders": ("inlay.combine.intruders",),
     "tuners.tuners_utils": ("inlay.compat.tuners.functions", "inlay.compat.tuners.base", "inlay.compat.layers.base"),

@@ -12,7 +12,7 @@ from inlay.core.copies import covering
 from inlay.core.extend import readable
 from inlay.core.kind import kind_of
 from inlay.core.mount import ModuleCopies
-from inlay.core.patterns import layer_index, matcher, pattern_key
+from inlay.core.patterns import layer_index, matcher
 from inlay.core.targets import ALL_LINEAR, Place, base_parameters, linear_paths, shortened
 from inlay.errors import TargetError, TargetWarning, UnsupportedError, did_you_mean, nearest
 
@@ -154,7 +154,7 @@ def check_patterns(made: Plan) -> None:
     """Judge what matched nothing, by the policy."""
     for name in ("rank_pattern", "alpha_pattern", "n_frequency_pattern", "block_size_pattern", "lambda_pattern"):
         for key in getattr(made.method.config, name, None) or {}:
-            if not any(pattern_key([key], p.site.name, made.policy.prefix_patterns) for p in made.placements):
+            if not any(made.method.means(name, key, p.site) for p in made.placements):
                 made.unmatched[f"{name}: {key}"] = nearest(key, [p.site.name for p in made.placements])
     marked = getattr(made.config, "feedforward_modules", None)
     for key in [marked] if isinstance(marked, str) else marked or ():

@@ -20,6 +20,7 @@ from inlay.core.initial import Undo, derive, standing
 from inlay.core.join import joined, offsets
 from inlay.core.layer import AdaptedLayer
 from inlay.core.lifecycle import penalises
+from inlay.core.method import Method
 from inlay.core.mount import ModuleCopies
 from inlay.core.plan import Placement, Plan
 from inlay.core.readers import silence_readers
@@ -28,7 +29,7 @@ from inlay.core.shared import register_shared
 from inlay.core.state import Record, State
 from inlay.core.surface import LayerSurface
 from inlay.core.targets import Place, base_parameters
-from inlay.errors import StateError
+from inlay.errors import StateError, UnsupportedError
 from inlay.parallel.hooks import lift, lower
 
 __all__ = ["freeze", "inject", "mount", "occupy"]
@@ -70,6 +71,11 @@ def inject(
     first = not state.records
     parameters = base_parameters(plan.model)
     biases = {name: parameters[name] for name in plan.biases}
+    if type(plan.method).look is not Method.look and any(p.device.type == "meta" for p in plan.placements):
+        raise UnsupportedError(
+            f"{type(plan.method).__name__} finds the shapes of its tensors in the base weights, which have no values "
+            "on the meta device; load them first"
+        )
     try:
         if plan.adapter in state.records:
             raise StateError(f"adapter {plan.adapter!r} came after this plan was made; plan again")

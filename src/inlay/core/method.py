@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from inlay.config.defaults import default_targets
 from inlay.core.affine import Affine, Delta, Site
 from inlay.core.hooks import Hooks
-from inlay.core.patterns import pattern_value
+from inlay.core.patterns import pattern_key, pattern_value
 from inlay.core.slot import Slot
 from inlay.errors import TargetError, UnsupportedError
 
@@ -106,6 +106,10 @@ class Method(Hooks):
     def by_pattern(self, field: str, site: Site, default: Any) -> Any:
         """Return the value that a pattern field of the config (``rank_pattern``) gives for a site."""
         return pattern_value(getattr(self.config, field), site.patterns or site.name, default, self.prefix_patterns)
+
+    def means(self, field: str, key: str, site: Site) -> bool:
+        """Whether a key of a pattern field of the config means a site."""
+        return pattern_key([key], site.name, self.prefix_patterns) is not None
 
     def alike(self, site: Site) -> Hashable:
         """Return a key that two sites have in common if this method treats them alike, their names aside."""

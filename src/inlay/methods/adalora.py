@@ -95,6 +95,9 @@ class AdaLoRA(Method):
     def identity(self) -> bool:
         return bool(self.config.init_lora_weights)
 
+    def means(self, field: str, key: str, site: Site) -> bool:
+        return left_of({key: []}, site.patterns or site.name) is not None
+
     def options(self, site: Site) -> dict[str, Any]:
         kept, full = left_of(self.config.rank_pattern, site.patterns or site.name), self.config.init_r
         alpha = self.config.lora_alpha

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,16 +124,21 @@ class AdaMSS(Method):
         order = Rows(tuple(torch.cat(found).tolist()))
         self.groups[site.patterns or site.name] = Groups(order, tuple(map(len, found)), tuple(ranks))
 
-    def refuse(self, site: Site) -> str | None:
-        if (site.patterns or site.name) not in self.groups:
-            return "the shapes of its tensors follow from the base weight, which has no values (meta device)"
-        return None
+    def groups_at(self, site: Site) -> Groups:
+        """Return a layer's groups; where its weight has no values, groups of one size, which add up to as much."""
+        known = self.groups.get(site.patterns or site.name)
+        if known is not None:
+            return known
+        rows = site.out * math.prod(site.experts)
+        parts = torch.arange(rows).chunk(min(self.config.num_subspaces, rows))
+        sizes = tuple(map(len, parts))
+        return Groups(Rows(tuple(range(rows))), sizes, tuple(min(n, self.config.subspace_rank) for n in sizes))
 
     def options(self, site: Site) -> dict[str, Any]:
-        return {"num_subspaces": len(self.groups[site.patterns or site.name].sizes)}
+        return {"num_subspaces": len(self.groups_at(site).sizes)}
 
     def slots(self, site: Site) -> dict[str, Slot]:
-        groups = self.groups[site.patterns or site.name]
+        groups = self.groups_at(site)
         rows, columns = len(groups.order.rows), site.fan_in + site.bias
         r = min(self.config.r, rows, columns)
         start = zeros if self.identity else Normal(0.01)
@@ -149,14 +155,14 @@ class AdaMSS(Method):
     def prepare(self, site: Site, p: P, layer: Affine) -> None:
         U, V = self.decompose(layer)
         p.P.copy_(V)
-        groups = self.groups[site.patterns or site.name]
+        groups = self.groups_at(site)
         for i, (rows, rank) in enumerate(zip(p.rows.cpu().split(groups.sizes), groups.ranks, strict=True)):
             if len(rows):
                 main = torch.linalg.svd(U[rows.to(U.device)], full_matrices=False)[2][:rank]
                 getattr(p, f"A{i}")[: len(main)].copy_(main)
 
     def delta(self, site: Site, p: P) -> LowRank:
-        count = len(self.groups[site.patterns or site.name].sizes)
+        count = len(self.groups_at(site).sizes)
         B = torch.block_diag(*(getattr(p, f"B{i}") for i in range(count)))
         B = torch.zeros_like(B).index_copy(0, p.rows, B)
         A = torch.cat([getattr(p, f"A{i}") for i in range(count)]) @ p.P

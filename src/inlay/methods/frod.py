@@ -148,12 +148,15 @@ class FRoD(Method):
     def slots(self, site: Site) -> dict[str, Slot]:
         size, start = site.fan_in, zeros if self.identity else Normal(0.1)
         fixed = {"buffer": True, "trainable": False, "saved": False}
-        return {
+        slots = {
             "l": site.slot("frod_lambda_l.*", "*experts k", start, k=size),
             "s": site.slot("frod_lambda_s_values.*", "*experts n", start, n=self.count(site)),
             "U": site.slot("frod_U.*", "*experts out k", options=fixed, k=size),
             "l0": site.slot("frod_lambda_l_init.*", "*experts k", options=fixed, k=size),
         }
+        if size == 1:  # a single column has nothing off the diagonal
+            del slots["s"]
+        return slots
 
     def derive_shared(self, p: P, layers: Iterable[tuple[Site, Affine]]) -> None:
         matrices: dict[str, list[Tensor]] = {}
@@ -182,8 +185,9 @@ class FRoD(Method):
         size = site.fan_in
         rows, columns = p.places
         diagonal = torch.arange(size, device=rows.device)
-        index = torch.cat([rows * size + columns, diagonal * (size + 1)])
-        values = torch.cat([p.s, p.l - p.l0], dim=-1)
+        index, values = diagonal * (size + 1), p.l - p.l0
+        if size > 1:
+            index, values = torch.cat([index, rows * size + columns]), torch.cat([values, p.s], dim=-1)
         return values.new_zeros(*site.experts, size * size).index_copy(-1, index, values).unflatten(-1, (size, size))
 
     def delta(self, site: Site, p: P) -> LowRank:

@@ -77,7 +77,8 @@ class Lily(Method):
 
     def slots(self, site: Site) -> dict[str, Slot]:
         r, n = self.config.r, self.config.num_B
-        drawn, leaf = KaimingUniform(), {"leaf": "down"}
+        drawn = KaimingUniform()
+        leaf = {"leaf": "down", "discarded": drawn}  # PEFT makes ordinary layers first
         up = zeros if self.config.init_weights else drawn
         return {
             "A": site.slot("lily_A.*.weight", "r fan_in", drawn, options=leaf, r=r),

@@ -84,6 +84,9 @@ class OSF(Method):
             return {"target_modules": ALL_LINEAR}
         return super().implied(model, model_type)
 
+    def means(self, field: str, key: str, site: Site) -> bool:
+        return re.search(key, site.patterns or site.name) is not None
+
     def options(self, site: Site) -> dict[str, Any]:
         least = min(site.out, site.fan_in)
         value = self.config.effective_rank

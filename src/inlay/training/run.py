@@ -75,6 +75,7 @@ def train(config: RunConfig, display: Display, resume: bool = False) -> Outcome:
 
     import torch
 
+    from inlay.training.callback import AdapterCallback
     from inlay.training.order import Examples, Pace, Passes
     from inlay.training.reports import MetricsFile, Reporter, draw_losses, read_metrics
     from inlay.training.trainer import AdapterTrainer, checkpoints, training_arguments
@@ -109,7 +110,7 @@ def train(config: RunConfig, display: Display, resume: bool = False) -> Outcome:
         Passes(examples, pace.steps * pace.per_step, config.seed),
         Examples(prepared.evaluation.examples) if prepared.evaluation is not None else None,
         keep=config.keep_checkpoints,
-        callbacks=[reporter],
+        callbacks=[reporter, AdapterCallback()],
     )
     reporter.trainer = trainer
     try:
