@@ -236,3 +236,13 @@ def test_peanuts_activations_have_no_parameters_of_their_own():
 def test_deft_with_fewer_outputs_than_directions_says_so():
     with pytest.warns(InlayWarning, match="8 outputs, so 8 directions are taken instead of r=9"):
         plan(LAYERS["linear"].model(), DeftConfig(r=9, **T))
+
+
+@pytest.mark.parametrize("name", ["hira", "deft", "deft_qr", "psoft", "peanut_deep", "hra"])
+def test_the_matrix_of_an_update_is_that_of_peft(name):
+    make, layers = next((make, layers) for row, make, layers in ROWS if row == name)
+    for layer in layers:
+        twins = Twins(LAYERS[layer], make()).equalise()
+        theirs = twins.theirs.base_model.model.layer
+        if hasattr(theirs, "get_delta_weight"):
+            close(twins.ours.layer.get_delta_weight("default"), theirs.get_delta_weight("default"))

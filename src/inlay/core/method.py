@@ -150,7 +150,7 @@ class Method(Hooks):
         """Return the update with ``p.scaling`` applied."""
         return self.delta(site, p).scaled(p.scaling)
 
-    def delta_weight(self, site: Site, p: P) -> Tensor:
+    def delta_weight(self, site: Site, p: P, base: Affine) -> Tensor:
         """Return what is added to the weight, in its stored shape, or the matrix that the weight is multiplied with.
 
         Raises:

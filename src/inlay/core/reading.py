@@ -49,6 +49,9 @@ class ReadsBase(Method):
     def commutes(self) -> bool:
         return True
 
+    def delta_weight(self, site: Site, p: P, base: Affine) -> Tensor:
+        return site.to_stored(self.change(site, p, base).scaled(p.scaling).dense())
+
     def rewrite(self, site: Site, p: P, layer: Affine, base: Affine) -> Affine:
         return layer.add(self.change(site, p, base).scaled(p.scaling))
 

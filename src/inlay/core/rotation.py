@@ -251,7 +251,7 @@ class InputRotation(Method):
         """Say what to do about a block that reaches across the groups of a convolution."""
         return "leave the layer out"
 
-    def delta_weight(self, site: Site, p: P) -> Tensor:
+    def delta_weight(self, site: Site, p: P, base: Affine) -> Tensor:
         return self.rotation(site, p).matrix(self.features(site))
 
     def rewrite(self, site: Site, p: P, layer: Affine, base: Affine) -> Affine:

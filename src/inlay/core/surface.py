@@ -172,7 +172,7 @@ class LayerSurface(EntryHolder):
             raise UnknownAdapterError(
                 f"{self.site.name!r} has no adapter {adapter!r}; it has: {known}.{did_you_mean(adapter, self.entries)}"
             )
-        return entries[0].method.delta_weight(entries[0].site, self.params(entries[0]))
+        return entries[0].method.delta_weight(entries[0].site, self.params(entries[0]), self.base_affine())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether an adapter only adds a matrix to the weight of a linear layer, which LoRA could approximate."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from torch import Tensor
+
 from inlay.config import (
     FanInFanOutField,
     LayerFields,
@@ -80,6 +82,9 @@ class HiRA(ReadsBase):
             return zeros, Normal(1.0)
         gaussian = self.config.init_weights == "gaussian" and not site.kernel
         return Normal(1 / r) if gaussian else KaimingUniform(fan=site.fan_in), zeros
+
+    def delta_weight(self, site: Site, p: P, base: Affine) -> Tensor:
+        return site.to_stored(site.matrix(p.B) @ site.matrix(p.A))  # PEFT's is the factor of the weight
 
     def change(self, site: Site, p: P, base: Affine) -> Modulated:
         return Modulated(base.weight, site.matrix(p.B), site.matrix(p.A))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inlay.config import LayerFields, PeftConfig, PeftType, TargetFields, bias_setting, setting, settings
-from inlay.core.affine import Site
+from inlay.core.affine import Affine, Site
 from inlay.core.method import P
 from inlay.core.registry import register_method
 from inlay.core.rotation import InputRotation, Reflections, Rotation
@@ -103,5 +103,5 @@ class HRA(InputRotation):
         T = torch.linalg.inv(G.triu() - 0.5 * torch.diag_embed(G.diagonal(dim1=-2, dim2=-1)))
         return Reflections(U, T).transposed  # the layer reads x R^T where its weight is W R
 
-    def delta_weight(self, site: Site, p: P) -> Tensor:
+    def delta_weight(self, site: Site, p: P, base: Affine) -> Tensor:
         return self.rotation(site, p).transposed.matrix(self.features(site))

@@ -106,7 +106,7 @@ class RoAd(Method):
         factors = (f if f.dim() == 2 else f.unsqueeze(-3) for f in self.factors(p))  # experts have rows of their own
         return in_blocks(y, p.group_size, partial(_turned, *factors))
 
-    def delta_weight(self, site: Site, p: P) -> Tensor:
+    def delta_weight(self, site: Site, p: P, base: Affine) -> Tensor:
         return self.turned(p, torch.eye(site.out, dtype=p.theta.dtype, device=p.theta.device)).mT
 
     def rewrite(self, site: Site, p: P, layer: Affine, base: Affine) -> Affine:
