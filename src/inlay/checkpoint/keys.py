@@ -68,7 +68,7 @@ def _slots(tree: Tree, adapter: str) -> Iterator[Target]:
 class _Names:
     """What one slot of an adapter is called, below its layer."""
 
-    __slots__ = ("after", "before", "depth", "disk", "memory", "plain", "shape", "slot")
+    __slots__ = ("after", "before", "depth", "disk", "memory", "plain", "same", "shape", "slot")
 
     def __init__(self, slot: Slot, adapter: str) -> None:
         self.slot = slot
@@ -78,6 +78,7 @@ class _Names:
         self.before, _, self.after = slot.key.rpartition("*")
         self.memory = slot.memory_name(adapter)
         self.depth = len(slot.place[0])
+        self.same = self.plain == self.disk
 
 
 def _add_lent(index: KeyIndex, tree: Tree, adapter: str) -> None:
@@ -127,7 +128,10 @@ def _add_repeated(index: KeyIndex, tree: Tree, adapter: str) -> None:
 
 
 def _entry_slots(node: Node, layer: AdaptedLayer, entry: Entry, named: dict[str, _Names]) -> Iterator[Target]:
-    weight = getattr(layer.leaf_layer, layer.kind.weight_name, None)
+    base = layer.leaf_layer
+    weight: Any = base._parameters.get(layer.kind.weight_name)
+    if weight is None:
+        weight = getattr(base, layer.kind.weight_name, None)
     device = None if weight is None else weight.device
     memory = f"{node.memory}." if node.memory else ""
     path = f"{MODEL_PREFIX}{node.path}." if node.path else MODEL_PREFIX
@@ -138,13 +142,16 @@ def _entry_slots(node: Node, layer: AdaptedLayer, entry: Entry, named: dict[str,
         holder, attribute = slot_holder(layer, entry.name, containers, leaf)
         target = _target(names, path + between, memory + between, holder, attribute, "slot", device)
         target.slot = names.slot
-        if role in entry.room:
+        if entry.room and role in entry.room:
             target.room = torch.Size(entry.room[role])
         yield target
 
 
 def slot_holder(home: nn.Module, adapter: str, containers: tuple[str, ...], leaf: str) -> tuple[nn.Module, str]:
     """Return the module that holds the tensor at a slot's place below ``home``, and the tensor's name there."""
+    if leaf and "." not in leaf and len(containers) == 1:  # the usual case: a model has thousands of tensors
+        owner: Any = home._modules[containers[0]]
+        return owner._modules[adapter], leaf
     path, attribute = list(containers), adapter
     if leaf:
         *below, attribute = leaf.split(".")
@@ -160,7 +167,7 @@ def _target(
 ) -> Target:
     """Return the target of a slot, with what stands before its names in a checkpoint and in memory."""
     key = above + names.disk
-    same = names.plain == names.disk
+    same = names.same
     around = (above + names.before, names.after)
     return Target(
         key,

@@ -107,8 +107,11 @@ def _entries(header: bytes, room: int) -> list[tuple[str, torch.dtype, list[int]
             start, end = entry["data_offsets"]
             shape, dtype = entry["shape"], _DTYPES[entry["dtype"]]
             count = math.prod(shape)
-            if count * dtype.itemsize != end - start or not all(type(n) is int and n >= 0 for n in (start, *shape)):
+            if count * dtype.itemsize != end - start or type(start) is not int or start < 0:
                 return None
+            for extent in shape:
+                if type(extent) is not int or extent < 0:
+                    return None
             entries.append((start, end, name, dtype, shape, count))
         entries.sort(key=lambda entry: entry[:2])
         last = 0

@@ -61,7 +61,8 @@ class Target:
     @property
     def tensor(self) -> Tensor:
         """The tensor as it is now; maybe a part of the whole, maybe on the meta device."""
-        return self.table[self.attribute]
+        tensor: Any = self.module._parameters.get(self.attribute)
+        return self.table[self.attribute] if tensor is None else tensor
 
     def whole(self, tensor: Tensor) -> Tensor:
         """Return ``tensor``, a value for this target, gathered and proved to be whole.

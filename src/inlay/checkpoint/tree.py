@@ -153,8 +153,11 @@ def _walk(bare: nn.Module, memory: str) -> Iterator[Node]:
         passed = shared_names(module)
         path, memory, original = (f"{name}." if name else "" for name in (node.path, node.memory, node.original))
         below: list[Node] = []
-        for name, child in module._modules.items():
-            if child is None or name in passed or (follower is not None and name != follower.base_attribute):
+        children = module._modules
+        if follower is not None:
+            children = {follower.base_attribute: children.get(follower.base_attribute)}
+        for name, child in children.items():
+            if child is None or name in passed:
                 continue
             inner, between = unwrapped(child)
             here = f"{memory}{name}.{between[:-1]}" if between else memory + name

@@ -215,7 +215,10 @@ def mount(
     field = method.dropout_field
     if field is not None:
         p = float(getattr(method.config, field) or 0.0)
-        container(layer, (field,), Names)._modules[adapter] = nn.Dropout(p) if p > 0.0 else bare(NoDropout)
+        dropout: nn.Module = nn.Dropout(p) if p > 0.0 else bare(NoDropout)
+        if p == 0.0:
+            dropout.__dict__["training"] = layer.training
+        container(layer, (field,), Names)._modules[adapter] = dropout
     if placement.source is None:
         hang_all(layer, adapter, placement, tensors, trainable)
     else:
