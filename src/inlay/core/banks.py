@@ -16,7 +16,7 @@ from torch import nn
 from inlay.core.kind import kind_of
 from inlay.core.targets import base_parameters, places
 
-__all__ = ["Bank", "Layout", "conversions", "layout_of", "stacking", "stem"]
+__all__ = ["Bank", "Layout", "conversions", "has_stack", "layout_of", "stacking", "stem"]
 
 
 @dataclass(frozen=True)
@@ -130,3 +130,9 @@ def stem(key: str) -> tuple[str, str]:
     bare = key.removeprefix("base_model.model.")
     path, mark, rest = bare.partition(".lora_")
     return (path, f"lora_{rest}") if mark else (bare, "")
+
+
+def has_stack(module: nn.Module) -> bool:
+    """Whether a module holds a parameter that may be a stack of former layers' weights."""
+    held = module._parameters
+    return bool(held) and type(module) is not nn.Linear and any(p is not None and p.dim() == 3 for p in held.values())

@@ -34,7 +34,7 @@ from inlay.parallel.hooks import lift, lower
 
 __all__ = ["freeze", "inject", "mount", "occupy"]
 
-# What was done to layers, in order: one was put where a module stood, or (without module and place) an adapter into one.
+# What was done to layers, in order: one put where a module stood, or (without module and place) an adapter into one.
 Placed = list[tuple[AdaptedLayer, nn.Module | None, Place | None]]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from inlay.config.types import method_name
-from inlay.core.banks import Bank, Layout, layout_of, stem
+from inlay.core.banks import Bank, Layout, has_stack, layout_of, stem
 from inlay.core.kind import kind_of
 from inlay.core.patterns import layer_index, matcher, pattern_key
 from inlay.core.targets import ALL_LINEAR, Place, places, shortened
@@ -48,19 +48,13 @@ def retargeted(
         return {}
     fields: dict[str, Any] = {}
     everything = places(model) if everything is None else everything
-    if method_name(config.peft_type) == "LORA" and any(map(_holds_stack, (model, *(p.base for p in everything)))):
+    if method_name(config.peft_type) == "LORA" and any(map(has_stack, (model, *(p.base for p in everything)))):
         fields = _stacked(model, config, held, prefixes)
     if fields:
         config = copy.copy(config)
         for name, value in fields.items():
             setattr(config, name, value)
     return {**fields, **_renamed(model, config, held, everything)}
-
-
-def _holds_stack(module: nn.Module) -> bool:
-    """Whether a module holds a parameter that may be a stack of former layers' weights."""
-    held = module._parameters
-    return bool(held) and type(module) is not nn.Linear and any(p is not None and p.dim() == 3 for p in held.values())
 
 
 def _stacked(model: nn.Module, config: Any, held: Mapping[str, Tensor] | None, prefixes: bool) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def _any_flagged(modules: Iterable[nn.Module]) -> bool:
         cls = type(module)
         if cls not in declared:
             declared[cls] = hasattr(cls, _FLAG)
-        if (getattr(module, _FLAG) if declared[cls] else module.__dict__.get(_FLAG)):
+        if getattr(module, _FLAG) if declared[cls] else module.__dict__.get(_FLAG):
             return True
     return False
 
