@@ -96,9 +96,11 @@ def inject(
             _mount_shared(plan, state, shared, undo, trainable)
         biased = tuple(above + name for name in biases)
         state.records[plan.adapter] = Record(plan.config, plan.method, seed, shared=dict(plan.shared), biases=biased)
+        undo.append(lambda: state.records.pop(plan.adapter, None))
+        undo.append(partial(setattr, state, "penalised", state.penalised))
+        undo.append(partial(setattr, state, "coupled", state.coupled))
         state.penalised |= penalises(plan.method)
         state.coupled |= plan.method.couples
-        undo.append(lambda: state.records.pop(plan.adapter, None))
         if trainable:
             undo.append(lambda: state.training.discard(plan.adapter))
             state.training.add(plan.adapter)
