@@ -177,12 +177,12 @@ class Triangle:
             dims: of the entries, their number (``n``) last.
         """
         fixed: dict[str, Any] = {"buffer": True, "saved": False, "trainable": False}
-        sizes |= {"n": b * (b - 1) // 2, "square": b * b}
+        wide: dict[str, Any] = {**sizes, "n": b * (b - 1) // 2, "square": b * b}
         whole = {**fixed, "dtype": torch.int64}
         return {
-            "entries": site.slot(f"{key}.weight", dims, init, **sizes),
-            "index": site.slot(f"{key}.index", "square", Triangle(b, False), options=whole, **sizes),
-            "signs": site.slot(f"{key}.signs", "square", Triangle(b, True), options=fixed, **sizes),
+            "entries": site.slot(f"{key}.weight", dims, init, **wide),
+            "index": site.slot(f"{key}.index", "square", Triangle(b, False), options=whole, **wide),
+            "signs": site.slot(f"{key}.signs", "square", Triangle(b, True), options=fixed, **wide),
         }
 
 

@@ -96,8 +96,8 @@ class GLoRA(ReadsBase):
     @staticmethod
     def part(p: P, name: str) -> Tensor | None:
         """Return A, B, C, D or E, None where there is none."""
-        down = p.get(f"{name}d")
-        return p.get(name) if down is None else down @ p.get(f"{name}u")
+        down, up = p.get(f"{name}d"), p.get(f"{name}u")
+        return p.get(name) if down is None or up is None else down @ up
 
     def change(self, site: Site, p: P, base: Affine) -> Dense:
         A, B, C, D, E = (self.part(p, name) for name in "ABCDE")
