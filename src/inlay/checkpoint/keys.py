@@ -119,12 +119,13 @@ def _add_tied(index: KeyIndex, tree: Tree, adapter: str) -> None:
 
 
 def _add_repeated(index: KeyIndex, tree: Tree, adapter: str) -> None:
-    """Add the keys of shared tensors below each layer that uses them, where PEFT writes some of them once more."""
+    """Let shared tensors be read from the layers that use them too, where PEFT writes some of them once more."""
     for node in tree.nodes:
         for entry in node.module.entries.get(adapter, ()) if isinstance(node.module, AdaptedLayer) else ():
             for _, containers, leaf in entry.shared:
-                name = ".".join((node.path, *containers, *filter(None, (leaf,))))
-                index.redundant.add(f"{MODEL_PREFIX}{name}")
+                target = index.holding(*slot_holder(tree.state.shared, adapter, containers, leaf))
+                if target is not None:
+                    target.aliases += (f"{MODEL_PREFIX}{_dotted(node.path, target.key.removeprefix(ROOT_PREFIX))}",)
 
 
 def _entry_slots(node: Node, layer: AdaptedLayer, entry: Entry, named: dict[str, _Names]) -> Iterator[Target]:
