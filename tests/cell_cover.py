@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from cells import KINDS, METHODS, STORAGES, Cell, every_cell, works
+from cells import KINDS, METHODS, STORAGES, Cell, every_cell, family, works
 
 
 def pair_cover(storages: Iterable[str] = STORAGES, start: int = 0, share: int = 1) -> list[Cell]:
@@ -29,10 +29,10 @@ def pair_cover(storages: Iterable[str] = STORAGES, start: int = 0, share: int = 
 
 
 def family_cover(storages: Iterable[str] = ("plain_fp32",), start: int = 0) -> list[Cell]:
-    """Return few cells with every method and every kind among them, for laws that take long."""
+    """Return few cells with every family of methods and every kind among them, for laws that take long."""
     cells = list(every_cell(storages))
     turn = start % max(1, len(cells))
-    return _greedy(cells[turn:] + cells[:turn], lambda c: {("method", c.method), ("kind", c.kind)})
+    return _greedy(cells[turn:] + cells[:turn], lambda c: {("family", family(c.method)), ("kind", c.kind)})
 
 
 def _completed(chosen: list[Cell], storages: list[str]) -> list[Cell]:
