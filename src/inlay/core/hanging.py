@@ -14,6 +14,7 @@ from inlay.core.slot import Slot
 from inlay.core.state import State
 
 if TYPE_CHECKING:
+    from inlay.core.holder import EntryHolder
     from inlay.core.plan import Placement
 
 __all__ = ["container", "dismount", "drop_shared", "forget_unused", "hang", "hang_all"]
