@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from inlay.checkpoint.card import model_card
 from inlay.checkpoint.commit import Commit
 from inlay.checkpoint.manifest import MANIFEST_NAME, adapter_folder, taken_from
+from inlay.checkpoint.original import over_original, over_original_config, warn_tied_to_base
 from inlay.checkpoint.state_dict import saved_tensors
 from inlay.checkpoint.stored import storable, store
 from inlay.checkpoint.tree import Tree
@@ -33,6 +34,7 @@ def save_adapters(
     save_embedding_layers: bool | str = "auto",
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
+    initial: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write adapters to a folder: ``default`` at its root, others in sub-folders of their names.
 
@@ -48,6 +50,8 @@ def save_adapters(
         save_embedding_layers: see :func:`get_peft_model_state_dict`.
         is_main_process: False writes nothing. Every process must call this where tensors are sharded.
         state_dict: values to save instead of the model's own; see :func:`get_peft_model_state_dict`.
+        initial: folder where the adapter was saved before it was trained: it is then saved as an ordinary LoRA over
+            the base weights as they were before its start changed them; see ``checkpoint.original``.
 
     Raises:
         StateError: the model has no adapters.
@@ -67,10 +71,17 @@ def save_adapters(
     tensors = {
         name: saved_tensors(tree, name, state_dict, save_embedding_layers=save_embedding_layers) for name in names
     }
+    for name in names:
+        if initial is None:
+            warn_tied_to_base(tree, name)
+        else:
+            tensors[name] = over_original(tree, name, tensors[name], initial)
     if not is_main_process:
         return
     root = Path(save_directory)
     configs = {name: saved_config(tree, name) for name in names}
+    if initial is not None:
+        configs = {name: over_original_config(config) for name, config in configs.items()}
     weights, other = SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
     if not safe_serialization:
         weights, other = other, weights

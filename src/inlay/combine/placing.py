@@ -95,6 +95,9 @@ def _spellings(config: Any, wanted: set[str]) -> Iterator[Any]:
 def put(made: Plan, fill: Callable[[State], object]) -> None:
     """Inject a plan and let ``fill`` write its tensors, all or nothing; the adapter is neither active nor trains."""
 
+    if made.method.rebases:  # its values are for the base weights as they stand
+        made.config.init_lora_weights = made.method.config.init_lora_weights = True
+
     def then(state: State) -> None:
         record = state.records[made.adapter]
         record.frozen = bool(record.config.inference_mode)

@@ -18,7 +18,7 @@ from inlay.errors import MergeError
 from inlay.parallel.fsdp import refuse_shell, settle
 from inlay.parallel.tensors import scatter
 
-__all__ = ["delete", "eject", "refuse_shells", "restore_grad"]
+__all__ = ["delete", "eject", "refuse_shells", "restore_grad", "take_out_empty"]
 
 
 def delete(model: nn.Module, state: State, name: str) -> None:
@@ -43,7 +43,7 @@ def delete(model: nn.Module, state: State, name: str) -> None:
         layer.drop_adapter(name)
         bare = bare or layer.is_bare
     if bare:
-        _take_out_empty(model, state)
+        take_out_empty(model, state)
         restore_readers(model)
     if len(state.records) == 1:
         _end_replication(model, state)
@@ -90,7 +90,7 @@ def _give_back(model: nn.Module, state: State, record: Record, after: list[Recor
             state.base_values.pop(name, None)
 
 
-def _take_out_empty(model: nn.Module, state: State) -> None:
+def take_out_empty(model: nn.Module, state: State) -> None:
     """Put the original module back where no adapter is left."""
     for place, follower in standing(model):
         if follower.adapters_here():

@@ -160,6 +160,13 @@ class Plan:
         )
 
     @property
+    def base_bytes(self) -> int:
+        """Bytes of the base weights that the adapter's start changes, of which copies are kept to be restored."""
+        changed = [p for p in self.placements if p.method.rebases and p.source is None]
+        weights = [getattr(p.place.base, p.kind.weight_name) for p in changed]
+        return sum(weight.numel() * weight.element_size() for weight in weights)
+
+    @property
     def gradient_bytes(self) -> int:
         """Bytes of the gradients of what trains."""
         return sum(

@@ -44,12 +44,12 @@ def check_rebasable(made: Plan) -> None:
             f"layer_replication lets several layers share one base weight, and the start {start!r} takes another "
             "update out of it for each of them; use init_lora_weights=True"
         )
-    here = {placement.place.path: placement for placement in made.placements if placement.method is made.method}
-    for path, placement in here.items():
-        first = placement.source or placement
+    own = [placement for placement in made.placements if placement.method is made.method]
+    tied = {p.place.path: p.source for p in made.placements if p.source is not None}
+    for placement in own:
+        path = placement.place.path
         for other in placement.shares:
-            found = here.get(other)
-            if found is None or first not in (found, found.source):
+            if tied.get(other) is not placement:
                 raise UnsupportedError(
                     f"{path!r} shares its weight with {other!r}, which has not the same adapter, and the start "
                     f"{start!r} changes the weight; set ensure_weight_tying=True if one is an embedding and the other "
@@ -81,20 +81,32 @@ def prepare(plan: Plan, state: State, undo: list[Undo], fresh: bool = True) -> N
         method = placement.method
         if placement.source is not None or not (method.needs_base if fresh else method.rebases):
             continue
-        if placement.device.type == "meta":
+        layer = standing(placement)
+        assert layer is not None
+        if getattr(layer.leaf_layer, layer.kind.weight_name).device.type == "meta":
             if method.rebases:
                 raise UnsupportedError(
                     f"{placement.site.name!r}: the start {method.config.init_lora_weights!r} decomposes the base "
                     "weight, which is on the meta device; load the base model's weights first"
                 )
             continue
-        layer = standing(placement)
-        assert layer is not None
         for entry in layer.entries[plan.adapter]:
             if entry.method is method:
                 _prepare_at(layer, entry, method, record, undo, None if fresh else placement)
     if record is not None and record.rebased:
         _warn_shared_base(state, plan.adapter)
+    elif record is not None and fresh and plan.method.rebases and any(_real(one, plan) for one in plan.placements):
+        warnings.warn(
+            f"nothing was measured for the start {plan.method.config.init_lora_weights!r} of adapter {plan.adapter!r}, "
+            "which begins in the ordinary way, and is saved so",
+            InlayWarning,
+            stacklevel=4,
+        )
+        record.saved["init_lora_weights"] = True
+
+
+def _real(placement: Placement, plan: Plan) -> bool:
+    return placement.method is plan.method and placement.device.type != "meta"
 
 
 def begin_again(layer: AdaptedLayer, entry: Entry, method: Method) -> None:

@@ -67,6 +67,9 @@ def plan_table(plan: Plan) -> str:
         f"gradient bytes        {human_bytes(plan.gradient_bytes)}",
         f"optimiser bytes       {human_bytes(plan.optimiser_bytes)} (two moments in float32, as Adam keeps)",
     ]
+    if plan.base_bytes:
+        kept = human_bytes(plan.base_bytes)
+        lines.append(f"base bytes kept       {kept} (in host memory, because the start changes these weights)")
     if plan.biases:
         lines.append(f"base biases that train, and are kept to be restored: {len(plan.biases):,}")
     for pattern, near in plan.unmatched.items():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from inlay.core.affine import Site
+from inlay.core.dtype import merge_dtype
 from inlay.core.slot import Init
 from inlay.inits.start import Start
 
@@ -38,9 +39,9 @@ class _Halves:
         self.r = r
         self.second: Tensor | None = None
 
-    def turned(self, generator: torch.Generator) -> Tensor:
+    def turned(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         """Draw a rotation; returns its first half, (r / 2, r)."""
-        Q = torch.linalg.qr(torch.randn(self.r, self.r, generator=generator)).Q
+        Q = torch.linalg.qr(torch.randn(self.r, self.r, generator=generator, dtype=dtype)).Q
         self.second = Q[1::2]
         return Q[0::2]
 
@@ -52,10 +53,11 @@ class _Down:
         self.halves = halves
 
     def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        first = self.halves.turned(generator)
+        dtype = merge_dtype(tensor.dtype)
+        first = self.halves.turned(generator, dtype)
         blocks = tensor.flatten(1).view(-1, self.halves.r, tensor[0].numel())
         for block in blocks:
-            block.copy_(first.T @ (torch.randn(block.shape[1], len(first), generator=generator) / 10).T)
+            block.copy_(first.T @ (torch.randn(block.shape[1], len(first), generator=generator, dtype=dtype) / 10).T)
 
 
 class _Up:
@@ -71,5 +73,5 @@ class _Up:
             raise RuntimeError("the up-projection was filled before the down-projection, whose other half it takes")
         columns = tensor.view(len(tensor), self.halves.r, self.experts)
         for expert in range(self.experts):
-            drawn = torch.randn(len(second), len(tensor), generator=generator) / 10
+            drawn = torch.randn(len(second), len(tensor), generator=generator, dtype=second.dtype) / 10
             columns[..., expert].copy_(drawn.T @ second)

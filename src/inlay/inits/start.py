@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -21,7 +22,18 @@ from inlay.core.method import P
 from inlay.core.slot import Init, KaimingUniform, Normal, zeros
 from inlay.errors import ConfigError, did_you_mean
 
-__all__ = ["Drawn", "Factors", "Given", "Start", "begin", "start_names", "start_of"]
+__all__ = [
+    "Drawn",
+    "Factors",
+    "Given",
+    "Leading",
+    "Start",
+    "begin",
+    "blocks_of",
+    "fill_factors",
+    "start_names",
+    "start_of",
+]
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Given:
     scaling: float
     config: Any
     site: Site
-    measured: dict[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
     def scaled(self, left: Tensor, values: Tensor, right: Tensor) -> Factors:
         """Return factors with ``scaling * B @ A = left @ diag(values) @ right``, the values split evenly.
@@ -209,15 +221,14 @@ def begin(start: Start, config: Any, site: Site, p: P, layer: Affine) -> Affine 
     Returns:
         The base that is to replace it, of a start that changes it.
     """
-    weight = _blocks(site, layer.weight)
+    weight = blocks_of(site, layer.weight)
     n = math.prod(site.experts)
     r = p.A.shape[0] // n // site.groups
     found = start.factors(Given(weight, r, float(p.scaling), config, site, p.measured))
     if found is None:
         return None
     A, B = found.A.to(p.A.dtype), found.B.to(p.B.dtype)
-    p.A.copy_(_packed_down(site, A).view(p.A.shape))
-    p.B.copy_(_packed_up(site, B).view(p.B.shape))
+    fill_factors(site, p, found)
     if not start.changes_base:
         return None
     rest = found.weight
@@ -226,7 +237,13 @@ def begin(start: Start, config: Any, site: Site, p: P, layer: Affine) -> Affine 
     return Affine(rest.reshape(layer.weight.shape), layer.bias)
 
 
-def _blocks(site: Site, weight: Tensor) -> Tensor:
+def fill_factors(site: Site, p: P, factors: Factors) -> None:
+    """Write factors into an adapter's tensors, in their own dtypes."""
+    p.A.copy_(_packed_down(site, factors.A).view(p.A.shape))
+    p.B.copy_(_packed_up(site, factors.B).view(p.B.shape))
+
+
+def blocks_of(site: Site, weight: Tensor) -> Tensor:
     """Return the weight as (groups, out, fan_in) where a layer has groups, and as it is otherwise."""
     return weight.unflatten(0, (site.groups, -1)) if site.groups > 1 else weight
 

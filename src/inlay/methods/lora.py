@@ -86,7 +86,8 @@ class LoRA(Method):
         n = math.prod(site.experts) * r
         A, B = self.start.fills(site, r)
         drawn = self.start.discarded(site)
-        down, up = ({} if init is None else {"discarded": init} for init in drawn)
+        down: dict[str, Any] = {} if drawn[0] is None else {"discarded": drawn[0]}
+        up: dict[str, Any] = {} if drawn[1] is None else {"discarded": drawn[1]}
         up["trainable"] = self.start.trains_up
         if site.lookup:
             return {

@@ -13,7 +13,7 @@ from inlay.config import PeftConfig, write_atomically
 from inlay.config.hub import PushToHub
 from inlay.core.layer import AdaptedLayer
 from inlay.core.policy import Policy, default_policy
-from inlay.errors import ConfigError, UnsupportedError
+from inlay.errors import ConfigError
 from inlay.models import counting
 from inlay.models.backprop import is_checkpointing
 from inlay.models.loading import LoadOptions, load_all_onto, load_into, load_onto, refuse_unknown
@@ -112,21 +112,19 @@ class PeftModel(PushToHub, Wrapper):
             save_embedding_layers: whether the embeddings' own weights are saved too; ``"auto"`` when they are adapted
                 or resized.
             is_main_process: False takes part in gathering sharded tensors and writes nothing.
-            path_initial_model_for_weight_conversion: not available; refused.
+            path_initial_model_for_weight_conversion: where an adapter whose start changed base weights (PiSSA, OLoRA,
+                CorDA, LoRA-GA) was saved before it was trained; it is then saved as an ordinary LoRA of twice the rank
+                over the original base weights.
             state_dict: (keyword) values to save instead of the model's own.
 
         Raises:
             UnknownAdapterError: there is no such adapter.
             CheckpointError: the folder is a file, or a tensor cannot be saved. Files are replaced whole or not at all.
-            UnsupportedError: ``path_initial_model_for_weight_conversion`` is given.
+            UnsupportedError: ``path_initial_model_for_weight_conversion`` is given for another method than LoRA.
+            CheckpointMismatchError: that folder holds an adapter of other layers or ranks.
         """
         from inlay.checkpoint import save_adapters
 
-        if path_initial_model_for_weight_conversion is not None:
-            raise UnsupportedError(
-                "path_initial_model_for_weight_conversion belongs to initialisers that change the base weights, none "
-                "of which is available"
-            )
         state_dict = kwargs.pop("state_dict", None)
         refuse_unknown(kwargs, "save_pretrained", {"state_dict"})
         save_adapters(
@@ -137,6 +135,7 @@ class PeftModel(PushToHub, Wrapper):
             save_embedding_layers=save_embedding_layers,
             is_main_process=is_main_process,
             state_dict=state_dict,
+            initial=path_initial_model_for_weight_conversion,
         )
 
     @classmethod

@@ -13,6 +13,7 @@ from inlay.core.active import adapter_parameters, set_active
 from inlay.core.collect import uncollected
 from inlay.core.eject import delete, eject
 from inlay.core.holder import put_in_eval_mode
+from inlay.core.registry import method_class
 from inlay.core.state import State
 from inlay.errors import ConfigError
 from inlay.models import operate
@@ -38,6 +39,12 @@ def add_slots(model: nn.Module, config: Any, count: int, autocast: bool) -> list
             raise ConfigError(f"{field}: slots hold tensors of layers only")
     if (getattr(config, "bias", "none") or "none") != "none":
         raise ConfigError(f"bias={config.bias!r}: slots hold tensors of layers only")
+    if method_class(config.peft_type).variant(config)(config).rebases:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r}: slots hold adapters of one base, and this start changes "
+            "it; save the adapter with path_initial_model_for_weight_conversion, or set init_lora_weights=True if the "
+            "base weights are the changed ones"
+        )
     config = copy.deepcopy(config)
     config.inference_mode = True
     for field in _DROPOUTS:

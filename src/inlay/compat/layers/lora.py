@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inlay.compat.layers.making import widths
+from inlay.compat.layers.mixins import begin_at, refill
 from inlay.compat.layers.parameters import ParamMembers
 from inlay.compat.layers.variants import FURTHER as _VARIANTS
 from inlay.compat.layers.variants import VariantMembers
 from inlay.compat.layers.viewing import Derived, Own, listed
 from inlay.core.call import opened
 from inlay.core.layer import AdaptedLayer
+from inlay.core.rebase import begin_again
 from inlay.core.route import split_rows
 from inlay.core.state import BASE
-from inlay.errors import ConfigError, NotAvailableError, RoutingError
+from inlay.errors import ConfigError, RoutingError, UnknownAdapterError, UnsupportedError
 from inlay.kernels.table import look_up
+from inlay.methods.lora import LoRA
 
 __all__ = ["FURTHER", "MEMBERS"]
 
@@ -47,10 +52,10 @@ class LoraMembers(VariantMembers):
         """
         if init_lora_weights is False:
             return
-        if init_lora_weights is not True and init_lora_weights != "gaussian":
+        if init_lora_weights is not True and str(init_lora_weights).lower() != "gaussian":
             raise ConfigError(
-                f"init_lora_weights: expected True, False or 'gaussian', found {init_lora_weights!r}; other starts are "
-                "not available yet"
+                f"Unknown initialization init_lora_weights={init_lora_weights!r}: expected True, False or 'gaussian'; "
+                "starts that read the base weight have methods of their own (pissa_init, olora_init, ...)"
             )
         if adapter_name in self.lora_A:
             A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name]
@@ -65,36 +70,56 @@ class LoraMembers(VariantMembers):
             nn.init.zeros_(self.lora_embedding_A[adapter_name])
             nn.init.normal_(self.lora_embedding_B[adapter_name])
 
-    def _not_yet(self, start: str) -> NoReturn:
-        raise NotAvailableError(f"the LoRA start {start!r} is not available in this version of Inlay yet")
+    def _begin(self: Any, adapter: str, start: str, **fields: Any) -> None:
+        """Give an adapter's factors the values that another start gives them, and change the base as it does.
 
-    def pissa_init(self, adapter_name: str, init_lora_weights: str) -> None:
-        """Start from the largest singular directions; not available yet."""
-        self._not_yet(init_lora_weights)
+        Raises:
+            ConfigError: there is no such start, or it lacks what it needs.
+            UnsupportedError: it is impossible on this layer.
+        """
+        if isinstance(self, AdaptedLayer):
+            held = next((e for e in self.entries[adapter] if isinstance(e.method, LoRA)), None)
+            if held is None:
+                raise UnknownAdapterError(f"{self.site.name!r} has no LoRA of the name {adapter!r}")
+            begin_again(self, held, _started(held.method, held.site, start, fields))
+            return
+        method, site = self._taken[adapter]
+        begin_at(self, adapter, _started(method, site, start, fields), site)
 
-    def corda_init(self, adapter_name: str, init_lora_weights: str) -> None:
-        """Start from directions that a sample of inputs chooses; not available yet."""
-        self._not_yet(init_lora_weights)
+    def pissa_init(self: Any, adapter_name: str, init_lora_weights: str) -> None:
+        """Start from the largest singular directions (``pissa``, ``pissa_niter_[number]``)."""
+        self._begin(adapter_name, init_lora_weights)
 
-    def olora_init(self, adapter_name: str) -> None:
-        """Start from a QR decomposition; not available yet."""
-        self._not_yet("olora")
+    def corda_init(self: Any, adapter_name: str, init_lora_weights: str) -> None:
+        """Start from directions that ``preprocess_corda`` left at the base layer."""
+        self._begin(adapter_name, init_lora_weights)
 
-    def mica_init(self, adapter_name: str) -> None:
-        """Start from the smallest singular directions; not available yet."""
-        self._not_yet("mica")
+    def olora_init(self: Any, adapter_name: str) -> None:
+        """Start from a QR decomposition."""
+        self._begin(adapter_name, "olora")
 
-    def orthogonal_init(self, adapter_name: str) -> None:
-        """Start from orthogonal factors; not available yet."""
-        self._not_yet("orthogonal")
+    def mica_init(self: Any, adapter_name: str) -> None:
+        """Start from the smallest singular directions, as B."""
+        self._begin(adapter_name, "mica")
 
-    def loftq_init(self, adapter_name: str, config: Any) -> None:
-        """Start from what quantising loses; not available yet."""
-        self._not_yet("loftq")
+    def orthogonal_init(self: Any, adapter_name: str) -> None:
+        """Start from orthogonal factors.
 
-    def lora_ga_init(self, adapter_name: str, lora_ga_config: Any) -> None:
-        """Start from gradients; not available yet."""
-        self._not_yet("lora_ga")
+        Raises:
+            ConfigError: the rank is odd.
+        """
+        r = self.r[adapter_name]
+        if r % 2:
+            raise ConfigError(f"init_lora_weights='orthogonal' requires the LoRA rank to be even, found r={r}")
+        refill(self, adapter_name, init_lora_weights="orthogonal")
+
+    def loftq_init(self: Any, adapter_name: str, config: Any) -> None:
+        """Start from what quantising loses, as the configuration's ``loftq_config`` says."""
+        self._begin(adapter_name, "loftq", loftq_config=config.loftq_config)
+
+    def lora_ga_init(self: Any, adapter_name: str, lora_ga_config: Any) -> None:
+        """Start from the gradient that ``preprocess_loraga`` left at the base layer."""
+        self._begin(adapter_name, "lora_ga", lora_ga_config=lora_ga_config)
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
@@ -175,6 +200,19 @@ class LoraMembers(VariantMembers):
         finally:
             if merged:
                 self.merge(safe_merge=safe_merge, adapter_names=merged)
+
+
+def _started(method: Any, site: Any, start: str, fields: dict[str, Any]) -> LoRA:
+    """Return a method like another one with another start."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # options of the start that it had
+        made: LoRA = type(method)(dataclasses.replace(method.config, init_lora_weights=start, **fields))
+    made.prefix_patterns = method.prefix_patterns
+    numbers = made.options(site)
+    reason = made.start.refuse(site, numbers["r"] // site.groups, numbers["scaling"])
+    if reason is not None:
+        raise UnsupportedError(reason)
+    return made
 
 
 class LinearMembers:

@@ -22,9 +22,10 @@ from inlay.core.kind import Holder
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import P
 from inlay.core.slot import Slot
+from inlay.errors import UnsupportedError
 from inlay.kinds.linear import Linear
 
-__all__ = ["MODULE_DICTS", "TensorLayer", "holder_of", "refill"]
+__all__ = ["MODULE_DICTS", "TensorLayer", "begin_at", "holder_of", "refill"]
 
 # names of PEFT's that hold modules by adapter name; the others hold parameters
 MODULE_DICTS = {
@@ -89,13 +90,9 @@ class TensorLayer(BaseTunerLayer):
             hang(self, adapter_name, slot, _filled(slot), partial(_leaf, kind, site, slot))  # type: ignore[arg-type]
             setattr(p, role, find_tensor(self, adapter_name, *slot.place))  # type: ignore[arg-type]
         if (method.needs_base or derives(method)) and kind is not None:
-            present = kind.read(base, site)
-            present = present.to(merge_dtype(present.weight.dtype))
             with torch.no_grad():
-                method.derive(site, p, present)
-                rebased = method.prepare(site, p, present)
-                for name, tensor in {} if rebased is None else kind.stored(base, site, rebased).items():
-                    storage.write(base, name, tensor)
+                method.derive(site, p, _wide(kind, base, site))
+                _prepared(kind, base, site, method, p)
         self._taken[adapter_name] = (method, site)
         self._note(adapter_name, method.options(site), config, method.dropout_field)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -111,6 +108,37 @@ class TensorLayer(BaseTunerLayer):
                 getattr(self, name)[adapter] = nn.Dropout(p) if p > 0.0 else nn.Identity()
             elif hasattr(config, name):
                 getattr(self, name)[adapter] = getattr(config, name)
+
+
+@torch.no_grad()
+def begin_at(layer: Any, adapter: str, method: Any, site: Any) -> None:
+    """Give an adapter's tensors at a user's layer the values with which ``method`` starts."""
+    base = layer.get_base_layer()
+    kind, _ = kind_and_site(layer, base)
+    if kind is None:
+        raise UnsupportedError(f"{type(base).__name__} is no layer whose weight can be read")
+    p = P()
+    for name, value in method.options(site).items():
+        setattr(p, name, value)
+    for role, slot in method.slots(site).items():
+        setattr(p, role, find_tensor(layer, adapter, *slot.place))
+    _prepared(kind, base, site, method, p)
+
+
+def _prepared(kind: Any, base: Any, site: Any, method: Any, p: P) -> None:
+    """Let a method set initial values, and write the base that it asks for."""
+    notes = {name: vars(base)[name] for name in method.measured if name in vars(base)}
+    p.measured = notes
+    rebased = method.prepare(site, p, _wide(kind, base, site))
+    for name, tensor in {} if rebased is None else kind.stored(base, site, rebased).items():
+        storage.write(base, name, tensor)
+    for name in notes:
+        delattr(base, name)
+
+
+def _wide(kind: Any, base: Any, site: Any) -> Any:
+    present = kind.read(base, site)
+    return present.to(merge_dtype(present.weight.dtype))
 
 
 @torch.no_grad()

@@ -1,0 +1,103 @@
+"""Saving an adapter whose start changed the base weights as an ordinary LoRA over the original ones."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay.checkpoint.files import load_adapter_files
+from inlay.checkpoint.keys import key_index
+from inlay.checkpoint.tree import Tree
+from inlay.core.slot import Slot
+from inlay.errors import CheckpointMismatchError, InlayWarning, UnsupportedError, did_you_mean
+
+__all__ = ["over_original", "over_original_config", "warn_tied_to_base"]
+
+
+def over_original(
+    tree: Tree, adapter: str, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors as those of a LoRA of twice the rank over the weights before its start.
+
+    The start took ``s B0 A0`` out of W, so that ``W - s B0 A0 + s B A = W + s [B, -B0] [A; A0]``. What does not have a
+    rank (a magnitude, a bias, full copies) stays.
+
+    Args:
+        tree: the model.
+        adapter: its name.
+        tensors: what would be saved.
+        folder: where the adapter was saved before it was trained.
+
+    Raises:
+        UnsupportedError: the adapter is no LoRA.
+        CheckpointMismatchError: the folder holds an adapter of other layers or ranks.
+    """
+    config = tree.state.record(adapter).config
+    if not hasattr(config, "init_lora_weights"):
+        raise UnsupportedError(
+            f"path_initial_model_for_weight_conversion: {adapter!r} is a {config.peft_type.value} adapter, and the "
+            "conversion is for LoRA, whose starts change base weights"
+        )
+    start = tree.state.record(adapter).method.start  # type: ignore[attr-defined]
+    if not start.changes_base and config.init_lora_weights is not True:
+        warnings.warn(
+            f"path_initial_model_for_weight_conversion: {adapter!r} starts with {config.init_lora_weights!r}, which "
+            "changes no base weights, so there is nothing to be converted",
+            InlayWarning,
+            stacklevel=5,
+        )
+    _, initial = load_adapter_files(folder)
+    made = dict(tensors)
+    for key, target in key_index(tree, adapter).saved().items():
+        slot = target.slot
+        if target.part != "slot" or slot is None or "r" not in slot.dims or key not in made:
+            continue
+        first = initial.get(key)
+        if first is None or first.shape != made[key].shape:
+            found = "no such key" if first is None else f"shape {tuple(first.shape)}"
+            raise CheckpointMismatchError(
+                f"{os.fspath(folder)}: {key!r}: expected the value of shape {tuple(made[key].shape)} that the adapter "
+                f"started with, found {found}.{did_you_mean(key, initial) if first is None else ''}"
+            )
+        made[key] = _joined(slot, made[key], first.to(made[key]))
+    return made
+
+
+def _joined(slot: Slot, now: Tensor, first: Tensor) -> Tensor:
+    """Join two values of a slot along the rank axis, within each of its blocks; up-projections subtract."""
+    axis = slot.dims.index("r")
+    if slot.key.split(".")[0].endswith("_B"):
+        first = -first
+    parts = [tensor.unflatten(axis, (slot.blocks, -1)) for tensor in (now, first)]
+    return torch.cat(parts, axis + 1).flatten(axis, axis + 1).contiguous()
+
+
+def over_original_config(config: Any) -> Any:
+    """Return the configuration of what :func:`over_original` makes: twice the rank, the same scale."""
+    made = copy.deepcopy(config)
+    factor = 2**0.5 if made.use_rslora else 2
+    made.init_lora_weights = True
+    made.loftq_config, made.eva_config, made.corda_config, made.lora_ga_config = {}, None, None, None
+    made.r, made.lora_alpha = 2 * made.r, factor * made.lora_alpha
+    made.rank_pattern = {key: 2 * r for key, r in (made.rank_pattern or {}).items()}
+    made.alpha_pattern = {key: factor * alpha for key, alpha in (made.alpha_pattern or {}).items()}
+    return made
+
+
+def warn_tied_to_base(tree: Tree, adapter: str) -> None:
+    """Say so where a saved adapter cannot be loaded again without what was measured for its start."""
+    record = tree.state.record(adapter)
+    if record.rebased and record.method.measured:
+        warnings.warn(
+            f"adapter {adapter!r} was trained over base weights that its start "
+            f"({record.config.init_lora_weights!r}) changed with what it measured; save it with "
+            "path_initial_model_for_weight_conversion=<folder of the untrained adapter>, or save the base model too",
+            InlayWarning,
+            stacklevel=4,
+        )
