@@ -9,11 +9,10 @@ from cells import KINDS, METHODS, STORAGES, Cell, every_cell, family, works
 
 
 def pair_cover(storages: Iterable[str] = STORAGES, start: int = 0, share: int = 1) -> list[Cell]:
-    """Return few cells with every pair (method, storage) and (kind, storage) among them.
+    """Return few cells with every pair (method, kind), (method, storage) and (kind, storage) among them.
 
-    Every ``share``-th pair (method, kind) is among them as well: which ones, ``start`` says, so that all of them are
-    met by tests with ``share`` starts that follow each other. ``start`` turns the storages round, too, so that different
-    tests meet different triples.
+    With a ``share``, every method is there with every ``share``-th of its kinds, in one storage each: which ones, ``start``
+    says, so that tests whose starts follow each other meet all pairs between them, and different triples.
     """
     names = list(storages)
     chosen: list[Cell] = []
@@ -25,7 +24,7 @@ def pair_cover(storages: Iterable[str] = STORAGES, start: int = 0, share: int = 
             for kind, turn in zip(kinds, turns, strict=True)
             if turn % share == 0
         ]
-    return _completed(chosen, names)
+    return _completed(chosen, names) if share == 1 else chosen
 
 
 def family_cover(storages: Iterable[str] = ("plain_fp32",), start: int = 0) -> list[Cell]:

@@ -10,7 +10,7 @@ from cell_cover import family_cover, pair_cover
 
 # A test meets every one in so many pairs of method and kind; together the tests of all laws meet each of them several
 # times. The tests marked ``every_pair`` meet all by themselves.
-SHARE = 6
+SHARE = 9
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

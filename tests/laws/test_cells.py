@@ -67,15 +67,18 @@ def test_every_line_of_a_table_is_needed(table: list[tuple[str, str, str]]) -> N
 
 def test_cover_has_every_pair() -> None:
     working = {(m, k) for m in METHODS for k in KINDS if cells.works(m, k)}
-    for share in (1, 6):
-        met = set()
-        for start in range(share):
-            cover = pair_cover(start=start, share=share)
-            assert len(set(cover)) == len(cover)
-            assert {(c.method, c.storage) for c in cover} == {(m, s) for m, _ in working for s in STORAGES}
-            assert {(c.kind, c.storage) for c in cover} == {(k, s) for _, k in working for s in STORAGES}
-            met |= {(c.method, c.kind) for c in cover}
-        assert met == working
+    stored = {(m, s) for m, _ in working for s in STORAGES}
+    for start in range(len(STORAGES)):
+        cover = pair_cover(start=start)
+        assert len(set(cover)) == len(cover)
+        assert {(c.method, c.kind) for c in cover} == working
+        assert {(c.method, c.storage) for c in cover} == stored
+        assert {(c.kind, c.storage) for c in cover} == {(k, s) for _, k in working for s in STORAGES}
+    shares = [pair_cover(start=start, share=3) for start in range(12)]
+    assert all({c.method for c in cover} == {m for m, _ in working} for cover in shares)
+    met = [cell for cover in shares for cell in cover]
+    assert {(c.method, c.kind) for c in met} == working
+    assert {(c.method, c.storage) for c in met} == stored
     small = family_cover(start=6)
     assert {cells.family(c.method) for c in small} == {cells.family(m) for m, _ in working}
     assert {c.kind for c in small} == {k for _, k in working}
