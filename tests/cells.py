@@ -134,7 +134,7 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "beft": lambda target: BeftConfig(**target),
     "peanut": lambda target: PeanutConfig(r=4, act_fn="silu", **target),
     "peanut_deep": lambda target: PeanutConfig(r=4, depth=2, act_fn="gelu", scaling=0.5, **target),
-    "lokr": lambda target: LoKrConfig(r=1, alpha=3, decompose_both=True, **target),
+    "lokr": lambda target: LoKrConfig(r=1, alpha=3, decompose_both=True, init_weights="lycoris", **target),
     "lokr_whole": lambda target: LoKrConfig(r=4, alpha=6, init_weights=False, **target),
     "lokr_effective": lambda target: LoKrConfig(
         r=1, alpha=3, use_effective_conv2d=True, decompose_factor=4, init_weights="lycoris", **target
@@ -150,7 +150,7 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "waveft_entries": lambda target: WaveFTConfig(n_frequency=8, scaling=4.0, use_idwt=False, **target),
     "shira": lambda target: ShiraConfig(r=1, **target),
     "shira_masked": lambda target: masked(ShiraConfig(r=1, mask_type="largest", **target)),
-    "delora": lambda target: DeloraConfig(r=2, delora_lambda=3, **target),
+    "delora": lambda target: DeloraConfig(r=5, delora_lambda=3, **target),
     "vblora": lambda target: VBLoRAConfig(r=3, num_vectors=6, vector_length=4, init_logits_std=1.0, **target),
     "unilora": lambda target: UniLoraConfig(r=3, theta_d_length=11, init_theta_d_bound=0.5, **target),
     "tinylora": lambda target: TinyLoraConfig(u=5, weight_tying=0.5, **target),

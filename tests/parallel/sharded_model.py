@@ -13,12 +13,19 @@ from inlay.core.inject import inject
 from inlay.core.layer import AdaptedLayer
 from inlay.core.plan import plan
 from inlay.core.state import State
+from inlay.methods.c3a import C3AConfig
+from inlay.methods.delora import DeloraConfig
 from inlay.methods.fourierft import FourierFTConfig
+from inlay.methods.gralora import GraloraConfig
 from inlay.methods.ia3 import IA3Config
 from inlay.methods.loha import LoHaConfig
+from inlay.methods.lokr import LoKrConfig
 from inlay.methods.lora import LoraConfig
+from inlay.methods.miss import MissConfig
 from inlay.methods.oft import OFTConfig
+from inlay.methods.shira import ShiraConfig
 from inlay.methods.vera import VeraConfig
+from inlay.methods.waveft import WaveFTConfig
 
 SEED = 7
 WIDTH, HIDDEN, CLASSES, BATCH = 16, 24, 5, 6
@@ -31,6 +38,13 @@ METHODS: dict[str, Callable[[], Any]] = {
     "dora": lambda: LoraConfig(r=4, lora_alpha=6, use_dora=True, **TARGETS),
     "ia3": lambda: IA3Config(feedforward_modules=["down"], **TARGETS),
     "loha": lambda: LoHaConfig(r=2, alpha=3, **TARGETS),
+    "lokr": lambda: LoKrConfig(r=2, alpha=3, **TARGETS),
+    "c3a": lambda: C3AConfig(block_size=4, init_weights=True, target_modules=["up", "down"]),
+    "gralora": lambda: GraloraConfig(r=4, alpha=6, target_modules=["up", "down"]),
+    "miss": lambda: MissConfig(r=5, **TARGETS),
+    "shira": lambda: ShiraConfig(r=2, **TARGETS),
+    "waveft": lambda: WaveFTConfig(n_frequency=20, scaling=3.0, wavelet_family="db2", **TARGETS),
+    "delora": lambda: DeloraConfig(r=2, delora_lambda=3, **TARGETS),
     "oft": lambda: OFTConfig(r=0, oft_block_size=4, **TARGETS),
     "oft_cayley": lambda: OFTConfig(r=0, oft_block_size=8, use_cayley_neumann=False, **TARGETS),
     "vera": lambda: VeraConfig(r=4, init_weights=False, **TARGETS),

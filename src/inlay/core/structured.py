@@ -86,7 +86,8 @@ class Circulant(Structured):
 
     def matrix(self) -> Tensor:
         b = self.kernel.shape[-1]
-        place = torch.arange(b, device=self.kernel.device)
+        first = self.kernel.detach().flatten(0, -2)[0]
+        place = torch.ones_like(first, dtype=torch.int64).cumsum(0)  # no arange, which is on no mesh of processes
         turned = self.kernel[..., (place - place.unsqueeze(1)) % b]  # (*experts, m, n, b, b)
         return turned.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 

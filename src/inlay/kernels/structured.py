@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from inlay.core.affine import Delta, Site
 from inlay.core.structured import BlockLowRank, Circulant, Kron, Repeated, Sandwich, Sparse
 from inlay.kernels.table import embed_scale, fast_path, pad_input
+from inlay.parallel.tensors import is_distributed
 
 __all__: list[str] = []
 
@@ -29,8 +30,13 @@ def _kron(module: nn.Module, site: Site, x: Tensor, delta: Delta) -> Tensor:
     (a, c), (b, d) = delta.left.shape, delta.right.shape
     wide = x.to(delta.dtype).unflatten(-1, (c, d))
     if c * b * (a + d) <= a * d * (b + c):
-        return linear(linear(wide, delta.right).mT, delta.left).mT.flatten(-2)
-    return linear(linear(wide.mT, delta.left).mT, delta.right).flatten(-2)
+        return _times(_times(wide, delta.right).mT, delta.left).mT.flatten(-2)
+    return _times(_times(wide.mT, delta.left).mT, delta.right).flatten(-2)
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply the last axis: one product of matrices, however x lies in memory and whether gradients are wanted."""
+    return linear(x.reshape(-1, x.shape[-1]), weight).unflatten(0, x.shape[:-1])
 
 
 @fast_path(Circulant, "linear")
@@ -39,7 +45,7 @@ def _circulant(module: nn.Module, site: Site, x: Tensor, delta: Delta) -> Tensor
     assert isinstance(delta, Circulant)
     _, n, b = delta.kernel.shape
     wide = x.to(delta.dtype)
-    if b < _SHORT_BLOCK:
+    if b < _SHORT_BLOCK or is_distributed(delta.kernel) or is_distributed(x):
         return linear(wide, delta.matrix())
     spectrum = torch.fft.rfft(wide.unflatten(-1, (n, b)))
     weights = torch.fft.rfft(delta.kernel).conj()
@@ -98,7 +104,7 @@ def _entries(x: Tensor, core: Sparse) -> Tensor:
 def _sandwich(module: nn.Module, site: Site, x: Tensor, delta: Delta) -> Tensor:
     assert isinstance(delta, Sandwich)
     wide = x.to(delta.dtype)
-    if not _is_few(delta.core, x):
+    if not _is_few(delta.core, x) or is_distributed(delta.values) or is_distributed(x):
         return linear(wide, delta.matrix())
     return delta.out(_entries(delta.inputs.transpose(wide), delta.core))
 
