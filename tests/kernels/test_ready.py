@@ -28,14 +28,17 @@ from inlay.kernels.switch import without_fast_paths
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call went the short way."""
     calls: list[bool] = []
-    real = ready.Ready.run
 
-    def counted(self: Any, x: Tensor) -> Tensor | None:
-        y = real(self, x)
-        calls.append(y is not None)
-        return y
+    def counted(run: Callable[[Any, Tensor], Tensor | None]) -> Callable[[Any, Tensor], Tensor | None]:
+        def count(self: Any, x: Tensor) -> Tensor | None:
+            y = run(self, x)
+            calls.append(y is not None)
+            return y
 
-    monkeypatch.setattr(ready.Ready, "run", counted)
+        return count
+
+    for cls in (ready.Ready, ready.ReadyUpdate):
+        monkeypatch.setattr(cls, "run", counted(cls.run))
     return calls
 
 
@@ -366,3 +369,47 @@ def test_the_wrapped_model_goes_the_short_way(taken: list[bool]) -> None:
         y = model(batch(3, WIDTH, dtype=torch.float32))
         assert taken == [True]
         assert off_by(y, generic(model, batch(3, WIDTH, dtype=torch.float32))) <= 1e-6
+
+
+@torch.no_grad()
+def test_a_mode_that_changes_is_seen_without_a_new_version(taken: list[bool]) -> None:
+    model, x = model_of(lora_dropout=0.5), batch(3, WIDTH)
+    before = model(x)
+    version = model.layer.state.version
+    for trained, short in ((1, [True, True]), (2, [True])):  # the first call in another mode takes the ordinary way
+        model.train()
+        for _ in range(trained):
+            assert not torch.equal(model(x), before)
+        model.eval()
+        taken.clear()
+        for _ in range(2):
+            assert torch.equal(model(x), before)
+        assert taken == short
+    assert model.layer.state.version == version
+
+
+@torch.no_grad()
+def test_hooks_that_go_open_the_short_way_again(taken: list[bool]) -> None:
+    for model in (model_of(), adapted(linear(), "lora")[0].eval()):
+        if taken:
+            merge(model.layer.state)
+        x = batch(3, WIDTH)
+        before = model(x)
+        for module in (model.layer, model.layer.base_layer):
+            handle = module.register_forward_hook(lambda module, args, y: y * 2)
+            assert off_by(model(x), before) > 1e-3
+            assert not taken[-1]
+            handle.remove()
+            assert torch.equal(model(x), before)
+            assert taken[-1]
+
+
+@torch.no_grad()
+def test_traced_by_jit_it_keeps_its_parameters(taken: list[bool]) -> None:
+    model, x = model_of(), batch(1, 2, WIDTH)
+    before = model(x)
+    traced = torch.jit.trace(model, (x,), check_trace=False)
+    assert not taken[-1]
+    other = batch(1, 5, WIDTH)
+    assert off_by(traced(x), before) <= 1e-12
+    assert off_by(traced(other), model(other)) <= 1e-12

@@ -22,11 +22,12 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 
 from inlay.core.routes import Routes
+from inlay.kernels.switch import fast_paths
 
 if TYPE_CHECKING:
     from inlay.core.state import State
 
-__all__ = ["Call", "call_in_force", "call_of", "checkpoint_around", "may_be_checkpointed", "open_calls", "opened"]
+__all__ = ["Call", "call_in_force", "call_of", "checkpoint_around", "may_be_checkpointed", "opened"]
 
 _CHECKPOINT_FILE = torch_checkpoint.__file__
 _MARK = "_inlay_calls"
@@ -71,7 +72,6 @@ class _Local(threading.local):
 
 
 _local = _Local()
-open_calls = _local  # its ``calls`` are those that the running thread has open
 
 
 @contextmanager
@@ -94,10 +94,12 @@ def opened(
     if tasks is not None:
         call = replace(call, tasks=tasks)
     _local.calls = (*before, call)
+    fast_paths.detours += 1
     try:
         yield call
     finally:
         _local.calls = before
+        fast_paths.detours -= 1
 
 
 def call_of(state: State) -> Call | None:

@@ -13,10 +13,14 @@ from inlay.core.surface import LayerSurface
 from inlay.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from inlay.core.ready import Ready
+    from inlay.core.ready import NotReady
     from inlay.core.state import State
 
 __all__ = ["ChainHolder"]
+
+# names of this module, since looking them up in torch takes as long as calling them; what other tracers than dynamo
+# hand in is of a class of its own, which ``core.ready`` sees
+_is_grad_enabled, _is_traced = torch.is_grad_enabled, torch.compiler.is_dynamo_compiling
 
 
 class ChainHolder(LayerSurface):
@@ -24,19 +28,21 @@ class ChainHolder(LayerSurface):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # before torch's own call, which costs as much as a small product
-        if len(args) == 1 and not kwargs and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            own = self.__dict__
-            held = own["_ready"]
-            if held[0] != own["_state"].version or held[1] is not own["training"]:
-                held = self._make_ready()
-            if held[2] is not None:
-                y = held[2].run(args[0])
-                if y is not None:
-                    return y
+        if not _is_grad_enabled() and not _is_traced() and len(args) == 1 and not kwargs:
+            ready = self.__dict__["_ready"]
+            if ready is None or ready.version != ready.state.version:
+                ready = self._make_ready()
+            y = ready.run(args[0])
+            if y is not None:
+                return y
         return super().__call__(*args, **kwargs)
 
     def join(self, state: State) -> None:
         super().join(state)
+        self._forget_chain()
+
+    def change_state(self, state: State) -> None:
+        super().change_state(state)
         self._forget_chain()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -47,12 +53,12 @@ class ChainHolder(LayerSurface):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has places of its own, or none, and resolves what runs for itself
-        return {**self.__dict__, "_bank": None, "_ready": (-1, False, None), "_ready_by_name": (-1, {})}
+        return {**self.__dict__, "_bank": None, "_ready": None, "_ready_by_name": (-1, {})}
 
     def _forget_chain(self) -> None:
         own = self.__dict__
         own["_chain"] = (-1, ())
-        own["_ready"] = (-1, False, None)  # (version, training, the short way without gradient)
+        own["_ready"] = None  # the short way without gradient, for one version of the state
         own["_ready_by_name"] = (-1, {})  # the same for each adapter on its own
         own["_fused"] = (-1, {})  # chain -> why it is not fused, or None
 
@@ -102,13 +108,12 @@ class ChainHolder(LayerSurface):
         found: tuple[Entry, ...] = cached[1]
         return found
 
-    def _make_ready(self) -> tuple[int, bool, Ready | None]:
+    def _make_ready(self) -> NotReady:
         """Resolve the short way without gradient for the state as it is."""
         from inlay.core.ready import ready_for
 
-        held = (self.state.version, self.training, ready_for(self, self._resolve()))  # type: ignore[arg-type]
-        self.__dict__["_ready"] = held
-        return held
+        found = self.__dict__["_ready"] = ready_for(self, self._resolve())  # type: ignore[arg-type]
+        return found
 
     def why_not_fused(self, chain: tuple[Entry, ...]) -> str | None:
         """Return why a chain cannot run as one sum of low-rank updates, whatever the input is, or None."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from inlay.core.ready import Ready, ready_for
+from inlay.core.ready import NotReady, ReadyUpdate, ready_for
+from inlay.kernels.switch import fast_paths_on
 
 if TYPE_CHECKING:
     from inlay.core.layer import AdaptedLayer
@@ -40,39 +41,39 @@ def run_ready(layer: AdaptedLayer, routes: Routes, x: Any) -> Tensor | None:
         return None
     ways = _ways(layer)
     groups, order, inverse = routes.sorted
-    work, product = [], None
+    work: list[tuple[int, int, Tensor, Tensor, float]] = []
+    views = None
     for name, start, stop in groups:
-        if name not in ways:
-            continue
-        way = ways[name]
+        way = ways.get(name)
         if way is None:
+            continue
+        if not isinstance(way, ReadyUpdate):
             return None
-        if product is None:
-            product = way.product(x)
-            if product is None:
-                return None
-        factors = way.factors(x)
-        if factors is None:
+        views = way.views(x)
+        if views is None:
             return None
-        work.append((start * rows, stop * rows, *factors, way.scale))
-    if product is None:
+        down, up = views.down, views.up
+        if views.cast:
+            down, up = down.to(views.dtype), up.to(views.dtype)
+        work.append((start * rows, stop * rows, down, up, way.scale))
+    if views is None or not fast_paths_on() or torch._C._get_tracing_state() is not None:
         return None
     ordered = x if order is None else x.index_select(0, order)
     flat = ordered if axes == 2 else ordered.reshape(-1, x.shape[-1])
-    y = torch.nn.functional.linear(flat, *product)
+    y = torch.mm(flat, views.wide) if views.bias is None else torch.addmm(views.bias, flat, views.wide)
     for start, stop, down, up, scale in work:
         part = flat[start:stop]
         if stop - start == 1:  # a matrix times a vector reads the factors with less ado
-            y[start].addmv_(up.t(), torch.mv(down, part.view(-1)), alpha=scale)
+            y[start].addmv_(up.t(), torch.mv(down.t(), part.view(-1)), alpha=scale)
         else:
-            y[start:stop].addmm_(torch.nn.functional.linear(part, down), up, alpha=scale)
+            y[start:stop].addmm_(torch.mm(part, down), up, alpha=scale)
     if axes == 3:
         y = y.view(x.shape[0], rows, -1)
     return y if inverse is None else y.index_select(0, inverse)
 
 
-def _ways(layer: AdaptedLayer) -> dict[str, Ready | None]:
-    """Return the short way of each adapter of a layer, None for one that has none."""
+def _ways(layer: AdaptedLayer) -> dict[str, NotReady]:
+    """Return the short way of each adapter of a layer."""
     own = layer.__dict__
     version, held = layer.state.version, own["_ready_by_name"]
     if held[0] != version:
@@ -80,5 +81,5 @@ def _ways(layer: AdaptedLayer) -> dict[str, Ready | None]:
             version,
             {name: ready_for(layer, chain) for name, chain in layer.entries.items()},
         )
-    found: dict[str, Ready | None] = held[1]
+    found: dict[str, NotReady] = held[1]
     return found

@@ -11,6 +11,7 @@ __all__ = ["fast_paths", "fast_paths_on", "without_fast_paths"]
 
 class _Local(threading.local):
     on = True
+    detours = 0  # how much is under way in this thread that the shortest ways do not know of
 
 
 fast_paths = _Local()
@@ -26,7 +27,9 @@ def without_fast_paths() -> Iterator[None]:
     """Let every adapted layer take the generic way in this thread: plain operators that autograd differentiates."""
     before = fast_paths.on
     fast_paths.on = False
+    fast_paths.detours += 1
     try:
         yield
     finally:
         fast_paths.on = before
+        fast_paths.detours -= 1
