@@ -11,7 +11,22 @@ from inlay.testing.laws import forward
 
 STORAGES = ("plain_fp64",)
 # methods whose update has no rows of its own
-_DENSE = {"VERA", "FOURIERFT", "GLORA", "PSOFT", "BEFT", "ADALORA", "ADAMSS", "FROD", "OSF", "LILY", "POLY"}
+_DENSE = {
+    "VERA",
+    "PVERA",
+    "RANDLORA",
+    "TINYLORA",
+    "FOURIERFT",
+    "GLORA",
+    "PSOFT",
+    "BEFT",
+    "ADALORA",
+    "ADAMSS",
+    "FROD",
+    "OSF",
+    "LILY",
+    "POLY",
+}
 
 
 @pytest.mark.parametrize("names", [("one",), ("one", "two"), ("two", "one")], ids="-".join)
