@@ -116,8 +116,7 @@ def test_training_goes_on_from_a_file_and_its_file_can_be_read(trained: tuple[An
     torch.manual_seed(0)
     read = inlay.PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True)
     read.peft_config["default"].total_step = 30
-    read.base_model.state.records["default"].method.config.target_r = 1
-    read.base_model.state.records["default"].method.config.total_step = 30
+    read.peft_config["default"].target_r = 1
     train(read, range(3, 30))
     pattern = read.peft_config["default"].rank_pattern
     assert sum(sum(kept) for kept in pattern.values()) == 2

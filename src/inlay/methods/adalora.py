@@ -142,11 +142,10 @@ class AdaLoRA(Method):
             if global_step == last:
                 adapter.memory.clear()
 
-    def budget(self, total: int, layers: int, step: int) -> int:
+    @staticmethod
+    def budget(config: Any, total: int, layers: int, step: int) -> int:
         """Return how many ranks all layers together have left after a step (equation 9 of the paper)."""
-        config = self.config
         target = min(config.target_r * layers, total)
-        assert config.total_step is not None  # the config checks
         left = 1 - (step - config.tinit) / (config.total_step - config.tfinal - config.tinit)
         return int((total - target) * left**3 + target)
 
@@ -164,7 +163,7 @@ class AdaLoRA(Method):
         total = everything.numel()
         matrices = sum(math.prod(site.experts) for site, _ in adapter.layers)
         kept = torch.ones_like(everything, dtype=torch.bool)
-        kept[everything.argsort(stable=True)[: total - self.budget(total, matrices, step)]] = False
+        kept[everything.argsort(stable=True)[: total - self.budget(adapter.config, total, matrices, step)]] = False
         found = {}
         for (site, p), mask in zip(adapter.layers, kept.split([one.numel() for one in scores]), strict=True):
             p.E.masked_fill_(~mask.view(p.E.shape), 0.0)
