@@ -98,7 +98,7 @@ class HRA(InputRotation):
         U = p.u if p.u.dtype == torch.float64 else p.u.float()
         if p.hra_apply_GS:
             U, _ = torch.linalg.qr(U)
-            return Reflections(U, 2 * torch.eye(U.shape[-1], dtype=U.dtype, device=U.device))
+            return Reflections(U, torch.diag_embed(torch.full_like(U[..., 0, :], 2.0)))
         G = U.mT @ U
         T = torch.linalg.inv(G.triu() - 0.5 * torch.diag_embed(G.diagonal(dim1=-2, dim2=-1)))
         return Reflections(U, T).transposed  # the layer reads x R^T where its weight is W R

@@ -85,6 +85,10 @@ class Identity:
         tensor.diagonal(dim1=-2, dim2=-1).add_(1.0)
 
 
+def _identity(like: Tensor) -> Tensor:
+    return torch.diag_embed(torch.ones_like(like[..., 0]))
+
+
 @register_method
 class PSOFT(Method):
     """``B (diag(b) R diag(a) - I) A`` is added to W, B A being the best approximation of W of rank r.
@@ -150,9 +154,8 @@ class PSOFT(Method):
     def turn(self, p: P) -> Tensor:
         """Return ``diag(b) R diag(a) - I``, (*experts, r, r)."""
         config = self.config
-        identity = torch.eye(config.r, dtype=p.A.dtype, device=p.A.device)
         if not config.psoft_orth:
-            change = p.free - identity
+            change = p.free - _identity(p.free)
         elif not config.use_cayley_neumann:
             change = cayley(-skew(p, config.r))
         else:
@@ -161,6 +164,7 @@ class PSOFT(Method):
                 norm = torch.linalg.matrix_norm(Q, keepdim=True)
                 Q = Q * torch.where(norm > config.cayley_neumann_eps, config.cayley_neumann_eps / (norm + 1e-12), 1.0)
             change = cayley_series(Q, config.num_cayley_neumann_terms)
+        identity = _identity(change)
         a, b = p.get("a"), p.get("b")
         scale = (1.0 if b is None else b.unsqueeze(-1)) * (1.0 if a is None else a.unsqueeze(-2))
         return change * scale + (identity * scale - identity)
