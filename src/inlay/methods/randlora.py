@@ -135,7 +135,7 @@ class RandLoRA(Method):
 
     def slots(self, site: Site) -> dict[str, Slot]:
         small, large = sorted((site.out, site.fan_in))
-        sizes = {"r": self.config.r, "bases": self.bases(small), "small": small}
+        sizes: dict[str, Any] = {"r": self.config.r, "bases": self.bases(small), "small": small}
         start = self.config.init_weights
         even = Constant(1 / max(sizes["bases"], small) if start else 1 / large)
         return {

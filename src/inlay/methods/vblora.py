@@ -96,7 +96,12 @@ class VBLoRA(Method):
     def slots(self, site: Site) -> dict[str, Slot]:
         config, start = self.config, Normal(self.config.init_logits_std)
         length = config.vector_length
-        sizes = {"r": config.r, "n": config.num_vectors, "down": site.fan_in // length, "up": site.out // length}
+        sizes: dict[str, Any] = {
+            "r": config.r,
+            "n": config.num_vectors,
+            "down": site.fan_in // length,
+            "up": site.out // length,
+        }
         return {
             "logits_A": site.slot("vblora_logits_A.*", "r down n", start, **sizes),
             "logits_B": site.slot("vblora_logits_B.*", "up r n", start, **sizes),
@@ -105,11 +110,11 @@ class VBLoRA(Method):
     def delta(self, site: Site, p: P) -> LowRank:
         if p.training and self.config.save_only_topk_weights and torch.is_grad_enabled():
             self.refuse_training(site, p.logits_A)
-        A, B = self.mixed(p, p.logits_A), self.mixed(p, p.logits_B)
+        A, B = self.pieces(p, p.logits_A), self.pieces(p, p.logits_B)
         return LowRank(B.mT.flatten(0, 1), A.flatten(1))
 
     @staticmethod
-    def mixed(p: P, logits: Tensor) -> Tensor:
+    def pieces(p: P, logits: Tensor) -> Tensor:
         """Return pieces (..., vector_length) for logits (..., num_vectors)."""
         largest, index = logits.topk(p.topk, dim=-1)
         return (largest.softmax(-1).unsqueeze(-1) * p.bank[index]).sum(-2)
