@@ -80,8 +80,8 @@ class MiSS(Method):
     def slots(self, site: Site) -> dict[str, Slot]:
         start: Init = zeros if self.config.init_weights else KaimingUniform(fan=site.out)
         rows = "rows" if self.config.init_weights == "mini" else "out"
-        sizes = {"k": self.config.r, "rows": self.config.mini_r}
-        return {"block": site.slot("miss_block.*", f"*experts k {rows}", start, **sizes)}
+        dims = f"*experts k {rows}"
+        return {"block": site.slot("miss_block.*", dims, start, k=self.config.r, rows=self.config.mini_r)}
 
     def delta(self, site: Site, p: P) -> Repeated:
         return Repeated(p.block.mT, site.out, site.fan_in)
