@@ -17,7 +17,7 @@ from inlay.checkpoint.tree import Tree
 from inlay.core.slot import Slot
 from inlay.errors import CheckpointMismatchError, InlayWarning, UnsupportedError, did_you_mean
 
-__all__ = ["over_original", "over_original_config", "warn_tied_to_base"]
+__all__ = ["over_original", "over_original_config", "subtracted", "warn_tied_to_base"]
 
 
 def over_original(
@@ -53,6 +53,22 @@ def over_original(
             stacklevel=5,
         )
     _, initial = load_adapter_files(folder)
+    return subtracted(tree, adapter, tensors, initial, os.fspath(folder))
+
+
+def subtracted(
+    tree: Tree, adapter: str, tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """Return tensors with those that an adapter started with taken out, which doubles the rank.
+
+    Args:
+        adapter: an adapter of the model that has these tensors.
+        tensors, initial: by their names in a checkpoint.
+        source: where ``initial`` is from, for errors.
+
+    Raises:
+        CheckpointMismatchError: the two are of different layers or ranks.
+    """
     made = dict(tensors)
     for key, target in key_index(tree, adapter).saved().items():
         slot = target.slot
@@ -62,7 +78,7 @@ def over_original(
         if first is None or first.shape != made[key].shape:
             found = "no such key" if first is None else f"shape {tuple(first.shape)}"
             raise CheckpointMismatchError(
-                f"{os.fspath(folder)}: {key!r}: expected the value of shape {tuple(made[key].shape)} that the adapter "
+                f"{source}: {key!r}: expected the value of shape {tuple(made[key].shape)} that the adapter "
                 f"started with, found {found}.{did_you_mean(key, initial) if first is None else ''}"
             )
         made[key] = _joined(slot, made[key], first.to(made[key]))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from inlay.compat.layers.base import BaseTunerLayer
 from inlay.compat.layers.views import provide as layer_class
@@ -94,6 +94,46 @@ class MethodTuner(BaseTuner):
 
 
 class _LoraHooks(MethodTuner):
+    def subtract_mutated_init(
+        self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: dict[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Return a trained adapter's tensors as a LoRA of twice the rank over the base before its start.
+
+        Args:
+            output_state_dict: the trained adapter's tensors, by their names in a checkpoint.
+            adapter_name: an adapter that has the values it started with.
+            kwargs: ``state_dict`` holds values of that adapter, instead of the model's own.
+
+        Raises:
+            CheckpointMismatchError: the two are of different layers or ranks.
+        """
+        from inlay.checkpoint.original import subtracted
+        from inlay.checkpoint.state_dict import saved_tensors
+        from inlay.checkpoint.tree import Tree
+
+        tree = Tree(self.model)
+        initial = saved_tensors(tree, adapter_name, (kwargs or {}).get("state_dict"))
+        return subtracted(tree, adapter_name, output_state_dict, initial, f"adapter {adapter_name!r}")
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls,
+        peft_model: Any,
+        peft_config: Any,
+        path_initial_model_for_weight_conversion: str,
+        output_state_dict: dict[str, Tensor],
+        kwargs: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        """Do the same with the values in a folder."""
+        from inlay.checkpoint.original import over_original
+        from inlay.checkpoint.state_dict import saved_tensors
+        from inlay.checkpoint.tree import Tree
+
+        tree = Tree(peft_model)
+        own = [name for name, record in tree.state.records.items() if record.config.peft_type == peft_config.peft_type]
+        name = next(one for one in own if saved_tensors(tree, one).keys() == output_state_dict.keys())
+        return over_original(tree, name, output_state_dict, path_initial_model_for_weight_conversion)
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         state = self.state
         others = state if len(state.records) > 1 else None
