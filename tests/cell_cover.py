@@ -11,8 +11,8 @@ from cells import KINDS, METHODS, STORAGES, Cell, every_cell, family, works
 def pair_cover(storages: Iterable[str] = STORAGES, start: int = 0, share: int = 1) -> list[Cell]:
     """Return few cells with every pair (method, kind), (method, storage) and (kind, storage) among them.
 
-    With a ``share``, every method is there with every ``share``-th of its kinds, in one storage each: which ones, ``start``
-    says, so that tests whose starts follow each other meet all pairs between them, and different triples.
+    With a ``share``, every method is there with every ``share``-th of its kinds, in one storage each: which ones,
+    ``start`` says, so that tests whose starts follow each other meet all pairs between them, and different triples.
     """
     names = list(storages)
     chosen: list[Cell] = []

@@ -16,8 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from structured_methods import NOT_IN_MEMORY
 from structured_methods import SAVED as STRUCTURED
-from structured_methods import NOT_IN_MEMORY
-from structured_methods import SAVED as STRUCTURED
 from torch import Tensor, nn
 from trained_tables import SAVED_TRAINED
 from twins import ours_of

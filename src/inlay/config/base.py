@@ -126,7 +126,7 @@ class PeftConfig(Settings, PushToHub):
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict of its own, without those in `not_saved`, and those in `beyond` that are not set."""
+        """Return the fields as a dict of its own, without those in `not_saved` and those in `beyond` that are unset."""
         left_out = {*self.not_saved, *(key for key in self.beyond if getattr(self, key) is None)}
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
 

@@ -14,7 +14,6 @@ __all__ = [
     "ExcludeField",
     "FanInFanOutField",
     "FrequencyPatternField",
-    "FrequencyPatternField",
     "LayerFields",
     "PatternFields",
     "ProjectionFields",
@@ -204,21 +203,6 @@ class PatternFields(RankPatternField):
 
     def check_fields(self) -> None:
         check_pattern_keys(self, "alpha_pattern")
-
-
-@settings
-class FrequencyPatternField:
-    """``n_frequency_pattern``: another number of frequencies for some modules."""
-
-    n_frequency_pattern: dict[str, int] | None = setting(
-        doc="Counts that differ from n_frequency: module name, ending or regular expression -> count.",
-        factory=dict,
-        gt=0,
-        parameters="those modules count with their own number",
-    )
-
-    def check_fields(self) -> None:
-        check_pattern_keys(self, "n_frequency_pattern")
 
 
 @settings

@@ -182,9 +182,9 @@ def markdown(rows: list[MethodFacts]) -> str:
         "",
         "<!-- Written by `inlay methods --markdown`; do not edit. -->",
         "",
-        "Each method goes to every kind of layer that its mathematics admits. *Trains* counts the numbers that train at a "
-        "linear layer of 4096 x 4096 with the config's defaults. All are put on weights in fp32, bf16 and fp16, and on "
-        "sharded ones. `inlay methods NAME` tells more of one method.",
+        "Each method goes to every kind of layer that its mathematics admits. *Trains* counts the numbers that train "
+        "at a linear layer of 4096 x 4096 with the config's defaults. All are put on weights in fp32, bf16 and fp16, "
+        "and on sharded ones. `inlay methods NAME` tells more of one method.",
         "",
         "| method | what it is | what it makes of a layer | layers | merged | trains | source |",
         "|---|---|---|---|---|---|---|",

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from inlay.config.types import TaskType
-from inlay.errors import UnsupportedError
 from inlay.models.peft_model import PeftModel
 
 __all__ = [
