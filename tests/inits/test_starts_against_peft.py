@@ -315,3 +315,20 @@ def test_conversion_to_an_ordinary_lora(base, tmp_path, start, rs):
         config = loaded.peft_config["default"]
         assert (config.r, config.init_lora_weights) == (6, True)
         assert config.lora_alpha == pytest.approx(5 * (2**0.5 if rs else 2))
+
+
+def test_subtracting_a_start_that_is_in_the_model(base):
+    theirs, ours = both(base, "pissa")
+    for model in (theirs, ours):
+        model.add_adapter("start", type(model.peft_config["default"])(**fields(True)))
+    with torch.no_grad():
+        mine = dict(ours.named_parameters())
+        for name, parameter in theirs.named_parameters():
+            if "lora" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+                mine[name].copy_(parameter)
+    expected = theirs.base_model.subtract_mutated_init(peft.get_peft_model_state_dict(theirs), "start", {})
+    found = ours.base_model.subtract_mutated_init(inlay.get_peft_model_state_dict(ours), "start", {})
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inlay.checkpoint.files import load_adapter_files
 from inlay.checkpoint.keys import key_index
-from inlay.checkpoint.tree import Tree
+from inlay.checkpoint.tree import MODEL_PREFIX, Tree
 from inlay.core.slot import Slot
 from inlay.errors import CheckpointMismatchError, InlayWarning, UnsupportedError, did_you_mean
 
@@ -70,16 +70,19 @@ def subtracted(
         CheckpointMismatchError: the two are of different layers or ranks.
     """
     made = dict(tensors)
-    for key, target in key_index(tree, adapter).saved().items():
-        slot = target.slot
+    given = {name.removeprefix(MODEL_PREFIX): name for name in made}
+    initial = {name.removeprefix(MODEL_PREFIX): value for name, value in initial.items()}
+    for name, target in key_index(tree, adapter).saved().items():
+        slot, plain = target.slot, name.removeprefix(MODEL_PREFIX)
+        key = given.get(plain, name)
         if target.part != "slot" or slot is None or "r" not in slot.dims or key not in made:
             continue
-        first = initial.get(key)
+        first = initial.get(plain)
         if first is None or first.shape != made[key].shape:
             found = "no such key" if first is None else f"shape {tuple(first.shape)}"
             raise CheckpointMismatchError(
                 f"{source}: {key!r}: expected the value of shape {tuple(made[key].shape)} that the adapter "
-                f"started with, found {found}.{did_you_mean(key, initial) if first is None else ''}"
+                f"started with, found {found}.{did_you_mean(plain, initial) if first is None else ''}"
             )
         made[key] = _joined(slot, made[key], first.to(made[key]))
     return made

@@ -11,7 +11,7 @@ from inlay.core.dtype import merge_dtype
 from inlay.core.layer import AdaptedLayer
 from inlay.errors import ConfigError
 
-__all__ = ["change_of", "lora_factors", "no_lora_at", "place_factors"]
+__all__ = ["across_groups", "change_of", "lora_factors", "no_lora_at", "place_factors"]
 
 
 def no_lora_at(layer: AdaptedLayer, name: str) -> str | None:
@@ -59,6 +59,15 @@ def change_of(layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor | None]:
     if folded.bias is None or base.bias is None:
         return weight, folded.bias
     return weight, None if folded.bias is base.bias else folded.bias - base.bias
+
+
+def across_groups(site: Site, weight: Tensor, like: Tensor) -> Tensor:
+    """Return a weight (out, fan_in) in the form in which :func:`change_of` gives changes that cross groups."""
+    if like.dim() == weight.dim():
+        return weight
+    own = weight.new_zeros(site.groups, site.out // site.groups, site.groups, site.fan_in)
+    own.diagonal(dim1=0, dim2=2).copy_(weight.unflatten(0, (site.groups, -1)).permute(1, 2, 0))
+    return own.flatten(2)
 
 
 def lora_factors(site: Site, change: Tensor, rank: float) -> tuple[Tensor, Tensor]:

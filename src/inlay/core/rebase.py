@@ -17,12 +17,12 @@ from inlay.core.method import Method, P
 from inlay.core.state import Record, State
 from inlay.core.storage import storage_of
 from inlay.errors import InlayWarning, MergeError, StateError, UnsupportedError
-from inlay.parallel.tensors import is_distributed
+from inlay.parallel.tensors import gather, is_distributed
 
 if TYPE_CHECKING:
     from inlay.core.plan import Placement, Plan
 
-__all__ = ["begin_again", "check_rebasable", "noted_as", "prepare"]
+__all__ = ["base_change", "begin_again", "check_rebasable", "noted_as", "prepare"]
 
 
 def noted_as(name: str, parameter: str | None) -> str:
@@ -177,6 +177,20 @@ def _rebase(layer: AdaptedLayer, base: Affine, rebased: Affine, record: Record |
             record.rebased.setdefault(key, tensor)
     undo.append(lambda: layer.write(old, (), {}))
     layer.write(new, (), {})
+
+
+def base_change(layer: AdaptedLayer, adapter: str) -> Tensor | None:
+    """Return what an adapter's start added to a layer's base weight, (*experts, out, fan_in), None if nothing."""
+    records = layer.state.records
+    key = f"{layer.site.owner}.{layer.kind.weight_name}".lstrip(".")
+    before = records[adapter].rebased.get(key)
+    if before is None:
+        return None
+    after = list(records)[list(records).index(adapter) + 1 :]
+    later = next((records[name].rebased[key] for name in after if key in records[name].rebased), None)
+    present = wide_base(layer).weight
+    now = present if later is None else layer.kind.to_matrix(layer.site, later.to(present))
+    return now - layer.kind.to_matrix(layer.site, gather(before).to(present))
 
 
 def _kept(tensor: Tensor) -> Tensor:

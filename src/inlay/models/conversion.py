@@ -17,11 +17,12 @@ from inlay.checkpoint.commit import Commit
 from inlay.checkpoint.keys import key_index
 from inlay.checkpoint.save import write_tensors
 from inlay.checkpoint.tree import MODEL_PREFIX, Node, Tree, bare_model
-from inlay.combine.change import change_of, lora_factors, no_lora_at
+from inlay.combine.change import across_groups, change_of, lora_factors, no_lora_at
 from inlay.combine.placing import targets_exactly
 from inlay.config import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
+from inlay.core.rebase import base_change
 from inlay.core.state import find_state
 from inlay.errors import CheckpointError, ConfigError, ConfigTypeError, ConversionError, InlayWarning
 from inlay.methods.lora import LoraConfig
@@ -86,6 +87,9 @@ def convert_to_lora(
     for node, layer in shown(layers, "Converting to LoRA", on=progressbar):
         above = f"{MODEL_PREFIX}{node.path}"
         change, bias = change_of(layer, adapter_name)
+        shift = base_change(layer, adapter_name)  # the result is for the base before the adapter's start changed it
+        if shift is not None:
+            change = change + across_groups(layer.site, shift, change)
         A, B = decompose(layer.site, change, rank)
         keys = ("lora_embedding_A", "lora_embedding_B") if layer.site.lookup else ("lora_A.weight", "lora_B.weight")
         dtype = _dtype(layer, adapter_name, change)
