@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -16,10 +17,13 @@ from sharded_checks import (
     my_share,
     trained,
 )
-from sharded_model import METHODS, SEED, adapted, batch, build, loss, perturb
+from sharded_model import METHODS, SEED, TARGETS, adapted, batch, build, loss, perturb
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import inlay
 from inlay.checkpoint.state_dict import set_peft_model_state_dict
+from inlay.core.active import set_active
 from inlay.core.inject import inject
 from inlay.core.merge import merge, unmerge
 from inlay.core.plan import plan
@@ -64,7 +68,56 @@ def full_copy() -> None:
     assert_bitwise(checkpoint(wrapped), checkpoint(whole))
 
 
+def graph_nodes(y: Tensor) -> Counter[str]:
+    """Count the nodes of the graph that ``y`` was made by, by name."""
+    found: Counter[str] = Counter()
+    seen, left = set(), [y.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found[node.name()] += 1
+            left.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def fused(*ranks: int) -> None:
+    """The autograd functions of the fused path give the mean of the processes' gradients, in two steps running.
+
+    Held against the generic path on the whole batch, in one process, in float64.
+
+    Args:
+        ranks: of one adapter each; all are active. No dropout, or the processes would draw other masks than one alone.
+    """
+    whole, model = build().double(), build().double()
+    for net in (whole, model):
+        for i, r in enumerate(ranks):
+            config = LoraConfig(r=r, lora_alpha=6, lora_dropout=0.0, **TARGETS)
+            state = inject(plan(net, config, f"adapter{i}"), seed=SEED)
+            perturb(state, f"adapter{i}")
+        set_active(state, [f"adapter{i}" for i in range(len(ranks))], trainable=True)
+    assert {layer.path for layer in inlay.explain(model)} == {"fused"}
+    wrapped = DistributedDataParallel(model)
+    layers = len(inlay.explain(model))
+    for _ in range(2):
+        for parameter in (*trained(whole).values(), *trained(model).values()):
+            parameter.grad = None
+        with inlay.without_fast_paths():
+            expected = whole(batch().double())
+        loss(expected).backward()
+        y = wrapped(my_share(batch().double()))
+        nodes = graph_nodes(y)
+        assert nodes["_ExpandBackward"] == nodes["_ShrinkBackward"] == layers, nodes
+        assert_close(y, my_share(expected), "output", 1e-12)
+        loss(y).backward()
+        gradients = {name: p.grad for name, p in trained(whole).items()}
+        assert len(gradients) == 2 * layers * len(ranks)
+        assert_gradients(wrapped, gradients, 1e-12)
+
+
 CASES: dict[str, Callable[[], None]] = {
     **{method: partial(equals, method) for method in METHODS},
     "full_copy": full_copy,
+    "fused": partial(fused, 4),
+    "fused_two": partial(fused, 4, 3),
 }
