@@ -15,7 +15,7 @@ from inlay.checkpoint.serving_files import REGULAR_ENDS, Base, ServedAdapter, mo
 from inlay.errors import CheckpointMismatchError
 
 # starts that change the base's weights when PEFT builds the adapter, so that the saved factors fit only that base
-CHANGING_STARTS = ("pissa", "olora", "corda", "loftq")
+CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # fields that change what the factors mean
 VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "layer_replication")
 IN_LAYER = re.compile(r"layers\.\d+\.")
