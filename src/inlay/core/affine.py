@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.slot import Init, Slot, zeros
+from inlay.core.stored import matrix_of, stored_dims, stored_of, stored_shape
 from inlay.errors import UnsupportedError
 
 __all__ = ["Affine", "Columns", "Delta", "Dense", "Hadamard", "LowRank", "Site"]
@@ -66,7 +67,7 @@ class Site:
         lookup: inputs are indices, not features (an embedding).
         elementwise: the weight multiplies elementwise (a norm); it is presented with one channel.
         bias: whether the layer has a bias.
-        transposed: the weight is stored as (in, out).
+        transposed: the weight is stored as (in, out), or (in, out / groups, *kernel).
         parameter: the parameter's name where the site is a bare parameter; such a site knows ``rewrite`` only.
         patterns: the path that rank and alpha patterns are held against, where that is not ``name``.
         axes: the stored shape of a norm's weight.
@@ -122,31 +123,20 @@ class Site:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape in which the layer itself holds its weight."""
-        if self.elementwise:
-            return self.axes or (self.out,)
-        if self.transposed or self.lookup:
-            return (*self.experts, self.channels, self.out)
-        return (*self.experts, self.out, self.channels, *self.kernel)
+        return stored_shape(self)
 
     @property
     def stored_dims(self) -> tuple[str, ...]:
         """A name for each axis of ``stored_shape``: ``experts``, ``out``, ``in``, ``kernel``."""
-        if self.elementwise:
-            return ("out",) * len(self.stored_shape)
-        axes = ("in", "out") if self.transposed or self.lookup else ("out", "in")
-        return ("experts",) * len(self.experts) + axes + ("kernel",) * len(self.kernel)
+        return stored_dims(self)
 
     def from_stored(self, tensor: Tensor) -> Tensor:
-        """Turn a tensor of the stored shape into (*experts, out, fan_in), as a view."""
-        if self.elementwise:
-            return tensor.reshape(-1, 1)
-        return tensor.mT if self.transposed or self.lookup else self.matrix(tensor)
+        """Turn a tensor of the stored shape into (*experts, out, fan_in)."""
+        return matrix_of(self, tensor)
 
     def to_stored(self, weight: Tensor) -> Tensor:
         """The inverse of :meth:`from_stored`."""
-        if self.transposed or self.lookup:
-            return weight.mT
-        return weight.reshape(self.stored_shape)
+        return stored_of(self, weight)
 
     def shape(self, dims: str, **sizes: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """Resolve dims such as ``"r in *kernel"`` to a shape and one name per axis.

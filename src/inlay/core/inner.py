@@ -80,7 +80,7 @@ class Inner:
         dropped = p.drop(x)
         if gain is None:
             layer = self.layer
-            return sum_of(layer.kind, layer.leaf_layer, layer.site, y, dropped, delta, layer.compute)
+            return sum_of(layer.kind, self._leaf(x), layer.site, y, dropped, delta, layer.compute)
         site, base = self.layer.site, self.base_affine()
         if self.is_base and (dropped is x or self.layer.state.policy.own_dropout):
             plain = y if base.bias is None else y - site.along_output(base.bias)
@@ -111,14 +111,20 @@ class Inner:
     def apply(self, x: Tensor, delta: Delta) -> Tensor:
         """Return the update's share of the output for input ``x``."""
         layer = self.layer
-        return apply_delta(layer.kind, layer.leaf_layer, layer.site, x, delta, layer.compute)
+        return apply_delta(layer.kind, self._leaf(x), layer.site, x, delta, layer.compute)
+
+    def _leaf(self, x: Tensor) -> Any:
+        """Return the module that holds the layer's tensors, or what stands for it in this call."""
+        layer = self.layer
+        leaf = layer.leaf_layer
+        return layer.kind.called(leaf, x, self.args, self.kwargs) if layer.kind.takes_arguments else leaf
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """Take an input down to the rank of A, (r, fan_in) or one for each sample; see ``kernels.halves``."""
         layer, dtype = self.layer, self.product_dtype(x, A.dtype)
         if layer.site.lookup and layer.compute == "base":
             dtype = layer.kind.weight_dtype(layer.leaf_layer) or dtype
-        return down(layer.kind, layer.leaf_layer, layer.site, x, A.to(dtype))
+        return down(layer.kind, self._leaf(x), layer.site, x, A.to(dtype))
 
     def up(self, t: Tensor, B: Tensor) -> Tensor:
         """Take what :meth:`down` returned up to the output, by B, (out, r) or one for each sample."""

@@ -38,6 +38,7 @@ class Kind:
         activation: False where only ``rewrite`` makes sense (``nn.MultiheadAttention``, bare parameters).
         peft_skips_dropout: PEFT takes a dropout there and never applies it.
         all_linear: whether ``target_modules="all-linear"`` means layers of this kind.
+        takes_arguments: what adapters add depends on what is passed beside the input; see :meth:`called`.
         weight_name, bias_name: the parameters' names.
     """
 
@@ -45,6 +46,7 @@ class Kind:
     activation: ClassVar[bool] = True
     peft_skips_dropout: ClassVar[bool] = False
     all_linear: ClassVar[bool] = False
+    takes_arguments: ClassVar[bool] = False
     weight_name: ClassVar[str] = "weight"
     bias_name: ClassVar[str] = "bias"
 
@@ -76,7 +78,7 @@ class Kind:
     # -- with defaults -------------------------------------------------------------------------------------------
 
     def to_matrix(self, site: Site, stored: Tensor) -> Tensor:
-        """Turn a stored weight into (*experts, out, fan_in), as a view."""
+        """Turn a stored weight into (*experts, out, fan_in), as a view where there is one."""
         return stored
 
     def from_matrix(self, site: Site, weight: Tensor) -> Tensor:
@@ -111,6 +113,14 @@ class Kind:
                 )
             tensors[self.bias_name] = affine.bias
         return tensors
+
+    def called(self, module: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what stands for the module in products with updates while it is called with these arguments."""
+        return module
+
+    def of(self, module: Any) -> Kind:
+        """Return the kind for one module, where modules of one class are not all of one form; it claims them all."""
+        return self
 
     def plain_tensors(self, module: Any) -> tuple[Tensor, Tensor | None] | None:
         """Return weight (out, in) and bias if calling the module does nothing but ``x @ weight.T + bias``; else None.
@@ -165,4 +175,5 @@ def kind_of(module: Any) -> Kind | None:
         import inlay.kinds  # noqa: F401  the built-in kinds register themselves
 
         _by_class[cls] = next((kind for kind in _kinds if kind.claims(module)), None)
-    return _by_class[cls]
+    kind = _by_class[cls]
+    return kind if kind is None else kind.of(module)

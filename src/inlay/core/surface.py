@@ -145,7 +145,7 @@ class LayerSurface(EntryHolder):
     @cached_property
     def fan_in_fan_out(self) -> bool:
         """Whether the base layer stores its weight as (in, out)."""
-        return self.site.transposed and self.site.parameter is None
+        return self.site.transposed and self.site.parameter is None and not self.site.kernel
 
     def get_base_weight(self) -> Tensor:
         """Return the base layer's weight as it stands, as plain numbers in its stored shape, without gradient."""

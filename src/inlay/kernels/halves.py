@@ -13,6 +13,7 @@ from torch import Tensor
 from inlay.core.affine import Affine, Site
 from inlay.core.kind import Kind
 from inlay.kernels.table import embed_scale, look_up, pad_input
+from inlay.kernels.transposed import down as down_transposed
 
 __all__ = ["down", "ranks_last", "up"]
 
@@ -45,6 +46,9 @@ def down(kind: Kind, module: Any, site: Site, x: Tensor, A: Tensor) -> Tensor:
     if shared:
         return kind.run(module, site, Affine(A.repeat(site.groups, 1)), x, (), {}, dtype=A.dtype)
     samples, r, _ = A.shape
+    if site.transposed:
+        t = down_transposed(module, site, x, A)
+        return t.view(samples, site.groups * r, *t.shape[2:])
     x, padding = pad_input(module, x)
     weight = A.unsqueeze(1).expand(-1, site.groups, -1, -1).reshape(samples * site.groups * r, -1, *site.kernel)
     flat = x.reshape(1, samples * x.shape[1], *x.shape[2:])

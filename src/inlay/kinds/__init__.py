@@ -7,8 +7,12 @@ from inlay.kinds.embedding import Embedding
 from inlay.kinds.linear import Linear
 from inlay.kinds.norm import Norm
 from inlay.kinds.stacked import Stacked
+from inlay.kinds.transposed import ConvTranspose
 
-__all__ = ["Attention", "Conv", "Embedding", "Linear", "Norm", "Stacked"]
+__all__ = ["Attention", "Conv", "ConvTranspose", "Embedding", "Linear", "Norm", "Stacked"]
 
-for _kind in (Norm(), Attention(), Embedding(), Conv(1), Conv(2), Conv(3), Linear()):
+for _kind in (
+    *(Norm(), Attention(), *map(ConvTranspose, (1, 2, 3))),
+    *(Embedding(), *map(Conv, (1, 2, 3)), Linear()),
+):
     register_kind(_kind)
