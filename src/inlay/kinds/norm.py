@@ -53,7 +53,7 @@ class Norm(Whole):
         return stored.reshape(-1, 1)
 
     def from_matrix(self, site: Site, weight: Tensor) -> Tensor:
-        return weight.reshape(-1)
+        return weight.reshape(site.stored_shape)
 
     def stored_dims(self, site: Site) -> tuple[str, ...]:
         return ("out",)
