@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import inlay
+from inlay.compat.layers.constructed import attach
+from inlay.methods.lora import LoRA
 
 
 class Pair(nn.Module):
@@ -69,6 +71,18 @@ def test_layers_that_come_and_go_are_switched() -> None:
     model.set_adapter("c")
     assert flags(model, "c") == {True}
     assert flags(model, "a") == flags(model, "b") == {False}
+
+
+def test_an_adapter_that_comes_to_a_further_layer_is_switched_there() -> None:
+    model, base = switched()
+    model.add_adapter("c", config("q"))
+    for name in ("c", "a"):
+        model.set_adapter(name)
+    attach(base.v, "c", LoRA(config("v")), beside=True)
+    assert any(".v." in name and ".c." in name for name, _ in model.named_parameters())
+    for name in ("c", "a"):
+        model.set_adapter(name)
+        assert flags(model, "c") == {name == "c"}
 
 
 def test_copies_switch_their_own() -> None:

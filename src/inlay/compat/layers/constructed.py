@@ -72,6 +72,8 @@ def attach(
         placement = _tied(made, place, tied, method)
     made.placements.append(placement)
     record = state.records.get(adapter)
+    if record is not None:
+        record.reach = None  # it does not know this layer
     if record is not None and record.shared:
         made.shared = record.shared
         placement.shared = method.shared_at(layer.site, record.shared)
