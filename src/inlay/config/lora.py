@@ -12,6 +12,7 @@ from inlay.config.fields import FanInFanOutField, LayerFields, PatternFields, Ta
 from inlay.config.settings import setting, settings
 from inlay.config.starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, check_start
 from inlay.config.types import PeftType
+from inlay.config.variants import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig, check_variants
 from inlay.errors import ConfigError
 
 __all__ = ["LoraConfig", "LoraRuntimeConfig"]
@@ -72,15 +73,24 @@ class LoraConfig(TargetFields, LayerFields, PatternFields, FanInFanOutField, Pef
         doc="Train the magnitude of each output row apart from its direction (DoRA).",
         parameters="adds out",
     )
-    velora_config: dict[str, Any] | None = setting(default=None, doc="Options of VeLoRA.")
+    velora_config: VeloraConfig | None = setting(
+        default=None, doc="Train A from inputs that are kept as a few numbers for each token (VeLoRA)."
+    )
     alora_invocation_tokens: list[int] | None = setting(
         default=None, doc="Tokens from which on the adapter is active (activated LoRA)."
     )
-    use_qalora: bool = setting(default=False, doc="Read the input in groups (QA-LoRA).")
+    use_qalora: bool = setting(default=False, doc="Let A read the sums of groups of inputs (QA-LoRA).")
     qalora_group_size: int = setting(
-        default=16, doc="Group size of QA-LoRA.", gt=0, parameters="divides A when use_qalora"
+        default=16,
+        doc="Inputs in a group of QA-LoRA; divides the columns of the weight.",
+        gt=0,
+        parameters="divides A when use_qalora",
     )
-    monteclora_config: dict[str, Any] | None = setting(default=None, doc="Options of MonteCLoRA.")
+    monteclora_config: MontecloraConfig | None = setting(
+        default=None,
+        doc="Draw A around its value while training (MonteCLoRA).",
+        parameters="adds r + num_samples a layer",
+    )
     layer_replication: list[tuple[int, int]] | None = setting(
         default=None,
         doc="Ranges [start, end) of blocks to stack into a deeper model that shares its base weights.",
@@ -88,9 +98,15 @@ class LoraConfig(TargetFields, LayerFields, PatternFields, FanInFanOutField, Pef
     )
     runtime_config: LoraRuntimeConfig = setting(doc="Options of this process only.", factory=LoraRuntimeConfig)
     lora_bias: bool = setting(default=False, doc="Give B a bias.", parameters="adds out a layer")
-    use_bdlora: dict[str, Any] | None = setting(default=None, doc="Options of block-diagonal LoRA.")
+    use_bdlora: BdLoraConfig | None = setting(
+        default=None, doc="Make A or B of chosen layers block-diagonal (BD-LoRA).", parameters="divides A or B"
+    )
     arrow_config: dict[str, Any] | None = setting(default=None, doc="Options of Arrow routing.")
-    kasa_config: dict[str, Any] | None = setting(default=None, doc="Options of KaSA.")
+    kasa_config: KasaConfig | None = setting(
+        default=None,
+        doc="Train in place of the weight's smallest singular directions, with singular values (KaSA).",
+        parameters="adds r a layer",
+    )
     ensure_weight_tying: bool = setting(
         default=False, doc="Adapt layers that share their weight together, with one set of tensors."
     )
@@ -108,6 +124,7 @@ class LoraConfig(TargetFields, LayerFields, PatternFields, FanInFanOutField, Pef
         super().check_fields()
         owner = type(self).__name__
         check_start(self)
+        check_variants(self)
         for field in _NOT_YET:
             if getattr(self, field):
                 raise ConfigError(f"{owner}.{field}: not available yet, found {getattr(self, field)!r}")
@@ -115,13 +132,4 @@ class LoraConfig(TargetFields, LayerFields, PatternFields, FanInFanOutField, Pef
             raise ConfigError(f"{owner}.lora_bias: expected False with use_dora=True, which has no place for it")
 
 
-_NOT_YET = [
-    "velora_config",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "monteclora_config",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "megatron_config",
-]
+_NOT_YET = ["alora_invocation_tokens", "arrow_config", "megatron_config"]

@@ -48,8 +48,8 @@ class Hooks:
             layers: sites with their maps, each read when its turn comes.
         """
 
-    def penalty(self, layers: Sequence[P]) -> Tensor | None:
-        """Return what is added to the loss while the adapter trains, given what it has at each of its layers."""
+    def penalty(self, layers: Sequence[tuple[Site, P]]) -> Tensor | None:
+        """Return what is added to the loss while the adapter trains, given its sites and what it has there."""
         return None
 
     def step(self, adapter: Stepped, global_step: int) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import inlay.kernels.structured  # noqa: F401  enters its ways of multiplying
+import inlay.kernels.compressed
+import inlay.kernels.structured  # noqa: F401  these enter their ways of multiplying
 from inlay.core.affine import Affine, Delta, Dense, LowRank
 from inlay.core.dtype import product_dtype
 from inlay.core.fused import Updates, active_dropout, delta_reason, fused_dtype, input_reason, run_updates

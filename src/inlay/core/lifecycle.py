@@ -71,7 +71,7 @@ def penalty_of(state: State) -> Tensor | None:
     """Return the sum of the terms that active adapters in training add to the loss; None where there is none."""
     total: Tensor | None = None
     for name, record in _training(state, "penalty"):
-        term = record.method.penalty([p for _, p in _layers(state, name, record.method)])
+        term = record.method.penalty(_layers(state, name, record.method))
         if term is not None:
             total = term if total is None else total + term.to(total.device)
     return total

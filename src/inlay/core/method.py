@@ -48,6 +48,13 @@ class P:
         """Return a tensor that this site may lack."""
         return getattr(self, role, None)
 
+    def having(self, **tensors: Tensor) -> P:
+        """Return the same with other tensors for some roles."""
+        other = P(self._dropout)
+        other.__dict__.update(self.__dict__)
+        other.__dict__.update(tensors)
+        return other
+
     def drop(self, x: Tensor) -> Tensor:
         """Apply the adapter's dropout to features."""
         if self._dropout is None or not x.is_floating_point():
@@ -72,6 +79,7 @@ class Method(Hooks):
         dropout_field: the config field that holds the dropout probability on the layer's input, if there is one.
         mergeable: False where the update depends on the data.
         samples: ``forward`` draws noise in training, which no weight can stand for; a merge writes its mean.
+        own_backward: in training the gradients are others than those of the rewritten weight.
         couples: what a sample gets depends on the other samples of its batch.
         reads_tasks: ``forward`` chooses by the task of each sample.
         mixed: whether PEFT lets the method take part in a mixed model.
@@ -89,6 +97,7 @@ class Method(Hooks):
     dropout_field: ClassVar[str | None] = None
     mergeable: ClassVar[bool] = True
     samples: ClassVar[bool] = False
+    own_backward: ClassVar[bool] = False
     couples: ClassVar[bool] = False
     reads_tasks: ClassVar[bool] = False
     mixed: ClassVar[bool] = False
@@ -249,6 +258,11 @@ class Method(Hooks):
     def rebases(self) -> bool:
         """Whether ``prepare`` returns a new base; it is then called also where the adapter's values are loaded."""
         return False
+
+    @property
+    def base_cause(self) -> str:
+        """What in the config makes ``prepare`` return a new base, in the words of a message."""
+        return f"the start {getattr(self.config, 'init_lora_weights', None)!r}"
 
     @property
     def measured(self) -> tuple[str, ...]:

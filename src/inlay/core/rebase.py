@@ -38,11 +38,11 @@ def check_rebasable(made: Plan) -> None:
     """
     if not made.method.rebases:
         return
-    start = getattr(made.method.config, "init_lora_weights", None)
+    cause = made.method.base_cause
     if made.replication is not None:
         raise UnsupportedError(
-            f"layer_replication lets several layers share one base weight, and the start {start!r} takes another "
-            "update out of it for each of them; use init_lora_weights=True"
+            f"layer_replication lets several layers share one base weight, and {cause} takes another "
+            "update out of it for each of them; use init_lora_weights=True and no kasa_config"
         )
     own = [placement for placement in made.placements if placement.method is made.method]
     tied = {p.place.path: p.source for p in made.placements if p.source is not None}
@@ -51,17 +51,17 @@ def check_rebasable(made: Plan) -> None:
         for other in placement.shares:
             if tied.get(other) is not placement:
                 raise UnsupportedError(
-                    f"{path!r} shares its weight with {other!r}, which has not the same adapter, and the start "
-                    f"{start!r} changes the weight; set ensure_weight_tying=True if one is an embedding and the other "
+                    f"{path!r} shares its weight with {other!r}, which has not the same adapter, and {cause} "
+                    f"changes the weight; set ensure_weight_tying=True if one is an embedding and the other "
                     "its head, or leave the layer out"
                 )
         if getattr(placement.place.base, "max_norm", None) is not None:
             raise UnsupportedError(
-                f"{path!r} renormalises rows above max_norm at each lookup, and would do so with what the start "
-                f"{start!r} leaves of them"
+                f"{path!r} renormalises rows above max_norm at each lookup, and would do so with what {cause} "
+                f"leaves of them"
             )
         if not storage_of(placement.place.base).writable:
-            raise UnsupportedError(f"{path!r}: the start {start!r} changes the base weight, which is read-only there")
+            raise UnsupportedError(f"{path!r}: {cause} changes the base weight, which is read-only there")
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def prepare(plan: Plan, state: State, undo: list[Undo], fresh: bool = True) -> N
         if getattr(layer.leaf_layer, layer.kind.weight_name).device.type == "meta":
             if method.rebases:
                 raise UnsupportedError(
-                    f"{placement.site.name!r}: the start {method.config.init_lora_weights!r} decomposes the base "
+                    f"{placement.site.name!r}: {method.base_cause} decomposes the base "
                     "weight, which is on the meta device; load the base model's weights first"
                 )
             continue
@@ -97,7 +97,7 @@ def prepare(plan: Plan, state: State, undo: list[Undo], fresh: bool = True) -> N
         _warn_shared_base(state, plan.adapter)
     elif record is not None and fresh and plan.method.rebases and any(_real(one, plan) for one in plan.placements):
         warnings.warn(
-            f"nothing was measured for the start {plan.method.config.init_lora_weights!r} of adapter {plan.adapter!r}, "
+            f"nothing was measured for {plan.method.base_cause} of adapter {plan.adapter!r}, "
             "which begins in the ordinary way, and is saved so",
             InlayWarning,
             stacklevel=4,

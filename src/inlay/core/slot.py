@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Constant", "Init", "KaimingUniform", "Normal", "Seeded", "Slot", "Uniform", "zeros"]
+__all__ = ["After", "Constant", "Init", "KaimingUniform", "Normal", "Seeded", "Slot", "Uniform", "zeros"]
 
 # Fills the given tensor in place, drawing from the generator only. Must be picklable: a module-level function
 # or one of the small callables below, never a closure.
@@ -96,6 +96,25 @@ class Seeded:
         drawn = torch.empty(tensor.shape)
         self.init(drawn, stream)
         tensor.copy_(drawn)
+
+
+@dataclass(frozen=True)
+class After:
+    """Draw a tensor that is thrown away, and then fill: what PEFT makes twice takes two draws from its stream.
+
+    Attributes:
+        thrown, shape: how the first one is drawn, and its shape.
+        init: fills.
+    """
+
+    thrown: Init
+    shape: tuple[int, ...]
+    init: Init | None = None
+
+    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
+        self.thrown(torch.empty(self.shape, dtype=tensor.dtype), generator)
+        if self.init is not None:
+            self.init(tensor, generator)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ def weightless(made: Plan, kind: Kind, site: Site, method: Method, base: nn.Modu
         return None
     if method.samples and not getattr(made.config, "inference_mode", False):
         return f"{type(method).__name__} draws noise in a forward pass, and here the layer only gets another weight"
+    if method.own_backward and not getattr(made.config, "inference_mode", False):
+        return f"{type(method).__name__} trains from the layer's input, and here the layer only gets another weight"
     if not method.mergeable:
         return f"{type(method).__name__} depends on the layer's input, and here the layer only gets another weight"
     if not site.bias and "bias" in method.slots(site):

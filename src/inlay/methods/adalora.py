@@ -119,11 +119,11 @@ class AdaLoRA(Method):
     def delta(self, site: Site, p: P) -> LowRank:
         return LowRank(p.B, p.A * (p.E / (p.ranks + 1e-5)))
 
-    def penalty(self, layers: Iterable[P]) -> Tensor | None:
+    def penalty(self, layers: Iterable[tuple[Site, P]]) -> Tensor | None:
         if not self.config.orth_reg_weight:
             return None
         errors = []
-        for p in layers:
+        for _, p in layers:
             for gram in (p.A @ p.A.mT, p.B.mT @ p.B):
                 eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
                 errors.append(torch.linalg.matrix_norm(gram - eye).reshape(-1))

@@ -53,9 +53,9 @@ class DoRA(LoRA):
         """Return the row norms of the adapted base weight, (*experts, out)."""
 
         def compute() -> Tensor:
-            return norms_with(base.weight, self.update(site, p))
+            return norms_with(base.weight, self.delta(site, p).scaled(p.scaling))
 
-        return compute() if p.training else remembered(compute, p.A, p.B, base.weight, p.scaling)
+        return compute() if p.training else remembered(compute, *self.made_of(p), base.weight, p.scaling)
 
     def gain(self, site: Site, p: P, base: Affine) -> Tensor:
         """Return what every output row is multiplied by, (*experts, out)."""

@@ -33,11 +33,9 @@ class LoRA(Method):
 
     @classmethod
     def variant(cls, config: Any) -> type[Method]:
-        if config.use_dora:
-            from inlay.methods.dora import DoRA
+        from inlay.methods.variants import carried_out_by
 
-            return DoRA
-        return cls
+        return carried_out_by(cls, config)
 
     @property
     def start(self) -> Start:
@@ -110,12 +108,20 @@ class LoRA(Method):
         return begin(self.start, self.config, site, p, layer) if self.start.reads_base else None
 
     def delta(self, site: Site, p: P) -> LowRank:
-        A, B = self.factors(site, p.A, p.B)
+        A, B = self.pair(site, p)
         return LowRank(B, A, p.get("bias"), site.groups)
+
+    def pair(self, site: Site, p: P) -> tuple[Tensor, Tensor]:
+        """Return A as (*experts, r, fan_in) and B as (*experts, out, r)."""
+        return self.factors(site, p.A, p.B)
+
+    def made_of(self, p: P) -> tuple[Tensor, ...]:
+        """Return the tensors that the update is made of."""
+        return p.A, p.B
 
     @staticmethod
     def factors(site: Site, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A as (*experts, r, fan_in) and B as (*experts, out, r).
+        """Return stored factors as matrices, as :meth:`pair` does.
 
         A bank keeps its experts packed in the rank axis: slowest in A, fastest in B.
         """

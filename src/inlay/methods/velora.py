@@ -1,0 +1,55 @@
+"""VeLoRA: backward sees a few numbers of each input token (Miles et al. 2024, arXiv:2405.17991)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inlay.core.affine import Delta, LowRank, Site
+from inlay.core.compressed import Compressed
+from inlay.core.method import P
+from inlay.core.slot import Slot, zeros
+from inlay.methods.lora import LoRA
+
+__all__ = ["VeLoRA"]
+
+
+def unit(tensor: Tensor, generator: torch.Generator) -> None:
+    """Fill with a random direction of length 1."""
+    tensor.normal_(generator=generator)
+    wide = tensor.float()
+    tensor.copy_(wide / torch.linalg.vector_norm(wide))
+
+
+class VeLoRA(LoRA):
+    """LoRA whose A trains on ``v v^T x`` for each sub-token x of the input, while the output is that of LoRA.
+
+    A token's features are cut into ``num_groups`` sub-tokens; what is kept for backward is the product of each with one
+    direction v. Of a convolution these are the channels at each place.
+    """
+
+    own_backward = True
+
+    def refuse(self, site: Site) -> str | None:
+        if site.lookup:
+            return "velora_config compresses features for backward, and the input of an embedding are indices"
+        return super().refuse(site)
+
+    def slots(self, site: Site) -> dict[str, Slot]:
+        options = self.config.velora_config
+        assert options is not None
+        size = -(-site.all_channels // options.num_groups)
+        init = unit if options.init_type == "random" else zeros
+        fixed = {"buffer": True, "trainable": False}
+        return {**super().slots(site), "embed": site.slot("lora_velora_embed.*", "v", init, options=fixed, v=size)}
+
+    def update(self, site: Site, p: P) -> Delta:
+        update = super().update(site, p)
+        assert isinstance(update, LowRank)
+        if not (p.training and torch.is_grad_enabled()):
+            return update
+        options = self.config.velora_config
+        assert options is not None
+        direction = None if options.init_type == "batch_average" else p.embed
+        learns = options.init_type == "batch_average_once"
+        return Compressed(update, options.num_groups, options.scale, direction, learns)
