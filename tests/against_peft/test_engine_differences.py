@@ -253,3 +253,15 @@ def test_gradients_switched_on_by_hand_outlast_a_switch_of_other_adapters() -> N
         model.set_adapter("a")
         assert {path.split(".")[-2] for path, p in model.named_parameters() if p.requires_grad} == {"a"}
     assert left == {"peft": {"c"}, "inlay": {"b", "c"}}
+
+
+def test_what_holds_an_adapter_is_a_subclass_of_torchs() -> None:
+    classes = {"lora_A": nn.ModuleDict, "lora_dropout": nn.ModuleDict, "lora_A.default": nn.Linear}
+    classes |= {"lora_B.default": nn.Linear, "lora_dropout.default": nn.Identity}
+    for library in LIBRARIES.values():
+        layer = wrapped(library).base_model.model.blocks[0]
+        for path, cls in classes.items():
+            held = layer.get_submodule(path)
+            assert isinstance(held, cls)
+            assert repr(held).startswith(f"{cls.__name__}(")
+            assert (type(held) is cls) == (library is peft), path
