@@ -96,7 +96,10 @@ NOT_OFFERED = {
             *("boft.layer.patch_environment", "glora.layer.GloraEmptyPath", "glora.layer.GloraLoraPath"),
             *("glora.layer.GloraPath", "glora.layer.GloraScalarPath", "glora.layer.GloraVectorPath"),
             *("hira.layer.dispatch_default", "psoft.layer.OrthLayer", "psoft.layer.dispatch_default"),
-            *("road.layer.dispatch_default",),
+            *("road.layer.dispatch_default", "adalora.layer.RankAllocator", "adamss.utils", "c3a.utils"),
+            *("lokr.layer.factorization", "lokr.layer.make_kron", "lokr.layer.make_weight_cp", "osf.utils"),
+            *("osf.layer.dispatch_default", "poly.router", "randlora.layer.UniqueBaseGrad", "waveft.constants"),
+            *("waveft.wavelet", "waveft.waverec2d"),
         )
     },
     "tuners.road.config.RoadVariant": "a name for type hints",

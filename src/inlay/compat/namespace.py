@@ -54,6 +54,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     "tuners.lora.eva": ("inlay.models.eva",),
     "tuners.lora.intruders": ("inlay.combine.intruders",),
     "tuners.lora.loraga": ("inlay.inits.lora_ga",),
+    "tuners.shira.mask_functions": ("inlay.compat.masks",),
     "tuners.tuners_utils": ("inlay.compat.tuners.functions", "inlay.compat.tuners.base", "inlay.compat.layers.base"),
     "utils.constants": ("inlay.compat.constants", "inlay.config"),
     "utils.error": ("inlay.compat.errors",),

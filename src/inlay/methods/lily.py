@@ -20,7 +20,7 @@ __all__ = ["Lily", "LilyConfig"]
 
 
 @settings(
-    positional="r stride_A num_B target_modules scaling exclude_modules modules_to_save layers_to_transform "
+    positional="r stride_A num_B scaling target_modules exclude_modules modules_to_save layers_to_transform "
     "layers_pattern init_weights"
 )
 class LilyConfig(TargetFields, LayerFields, PeftConfig):

@@ -37,9 +37,10 @@ class LNTuningConfig(TargetField, ExcludeField, PeftConfig):
 
 @register_method
 class LNTuning(Method):
-    """The layer's own weight and bias, as a trained copy: what it changes is added, so that adapters add up."""
+    """``W -> W'``, ``b -> b'``: a trained copy; ``W' - W`` is what is added, so that adapters add up."""
 
     config_class = LNTuningConfig
+    linear = ("weight", "bias")
     prefix = "ln_tuning_"
     config: LNTuningConfig
 
@@ -60,6 +61,10 @@ class LNTuning(Method):
         if layer.bias is not None:
             p.bias.copy_(layer.bias.view(p.bias.shape))
         return None
+
+    def resting(self, site: Site, p: P, base: Affine) -> dict[str, Tensor]:
+        bias = {} if base.bias is None else {"bias": base.bias.view(p.bias.shape)}
+        return {"weight": site.to_stored(base.weight), **bias}
 
     def trained(self, site: Site, p: P) -> Affine:
         """Return the trained map."""

@@ -48,6 +48,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 NEEDED: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 1000},
     "IA3": {"feedforward_modules": []},
+    "TRAINABLE_TOKENS": {"token_indices": [0]},
 }
 FORMS: dict[str, dict[str, dict[str, Any]]] = {"LORA": {"DoRA": {"use_dora": True}}}
 _PAPER = re.compile(r"(?:arXiv:)?\b(\d{4}\.\d{5})\b")

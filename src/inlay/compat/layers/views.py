@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from inlay.compat.layers import lora, others, rotating
+from inlay.compat.layers import lora, others, resets, rotating
 from inlay.compat.layers.base import BaseTunerLayer
 from inlay.compat.layers.constructed import ConstructedLayer, take
 from inlay.compat.layers.mixins import TensorLayer, holder_of
@@ -42,7 +42,7 @@ def _made(full: str) -> type[Any]:
     entry = recorded()[full]
     above = [BaseTunerLayer if base not in recorded() else _made(base) for base in entry.bases]
     bases: list[type[Any]] = []
-    bases += [module.MEMBERS[full] for module in (lora, others, rotating) if full in module.MEMBERS]
+    bases += [module.MEMBERS[full] for module in (lora, others, resets, rotating) if full in module.MEMBERS]
     if entry.is_module and (entry.kinds or not entry.home.endswith(".layer")):
         if not any(issubclass(base, ConstructedLayer) for base in above):
             engine = [_ENGINE[kind] for kind in entry.kinds if kind in _ENGINE]
