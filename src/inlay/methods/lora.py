@@ -20,7 +20,7 @@ __all__ = ["CordaConfig", "EvaConfig", "LoRA", "LoftQConfig", "LoraConfig", "Lor
 
 @register_method
 class LoRA(Method):
-    """A low-rank update; B starts at zero, so a fresh adapter changes nothing."""
+    """``W + s B A``, s = alpha / r (``use_rslora``: alpha / sqrt(r)); B starts at zero, so that nothing changes."""
 
     config_class = LoraConfig
     prefix = "lora_"
