@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 import inlay
 from inlay.core.plan import plan
 from inlay.errors import StateError
+from inlay.kinds.linear import Linear
 from inlay.methods.fourierft import FourierFTConfig
 from inlay.methods.lora import LoraConfig
 
@@ -120,6 +123,27 @@ def test_state_is_seen() -> None:
     state.enabled = False
     state.touch()
     assert paths(model) == {"q": "weight"}
+
+
+def test_a_kind_with_a_way_of_its_own_is_not_fused() -> None:
+    class Named(Linear):
+        name = "named"
+
+    class Doubled(Linear):
+        name = "doubled"
+
+        def run(self, *args: Any, **kwargs: Any) -> Tensor:
+            return 2.0 * super().run(*args, **kwargs)
+
+    model = adapted(LoraConfig(r=2, target_modules=["q"], init_lora_weights=False))
+    (layer,) = inlay.core.state.find_state(model).layers()
+    x = torch.randn(3, 6)
+    update = x @ layer.get_delta_weight("one").T
+    for kind, path, times in ((Named(), "fused", 1), (Doubled(), "generic", 2)):
+        layer.__dict__["kind"] = kind
+        layer.state.touch()
+        assert paths(model) == {"q": path}
+        assert torch.allclose(layer(x), layer.base_layer(x) + times * update, atol=1e-6)
 
 
 def test_a_bare_model_is_refused() -> None:

@@ -116,7 +116,7 @@ def _layer(layer: AdaptedLayer) -> LayerPath:
         return LayerPath(*where, "weight", f"{owner} reads its weights in a forward of its own")
     if not fast_paths_on():
         return LayerPath(*where, "generic", "fast paths are switched off")
-    scaled = len(chain) == 1 and chain[0].method.scales_rows and layer.kind.name == "linear" and not layer.merged
+    scaled = len(chain) == 1 and chain[0].method.scales_rows and layer.kind.multiplies and not layer.merged
     reason = None if scaled else chain_reason(layer, chain)
     if reason is not None:
         return LayerPath(*where, "generic", reason)

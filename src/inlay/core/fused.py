@@ -61,7 +61,7 @@ class Updates:
 
 def chain_reason(layer: AdaptedLayer, chain: Sequence[Entry]) -> str | None:
     """Return why a chain cannot run as one sum of low-rank updates, or None; does not depend on the input."""
-    if layer.kind.name != "linear":
+    if not layer.kind.multiplies:
         return f"layers of kind {layer.kind.name} run an update with the layer's own geometry"
     for entry in chain:
         method = entry.method

@@ -38,6 +38,9 @@ class Kind:
         activation: False where only ``rewrite`` makes sense (``nn.MultiheadAttention``, bare parameters).
         peft_skips_dropout: PEFT takes a dropout there and never applies it.
         all_linear: whether ``target_modules="all-linear"`` means layers of this kind.
+        multiplies: all that the layers do with their weight (out, in) is to multiply features by it, so that low-rank
+            updates run fused (``core.fused``), and by sample (``core.mixed``). A subclass with a ``run`` of its own
+            has to say so itself.
         takes_arguments: what adapters add depends on what is passed beside the input; see :meth:`called`.
         weight_name, bias_name: the parameters' names.
     """
@@ -46,9 +49,15 @@ class Kind:
     activation: ClassVar[bool] = True
     peft_skips_dropout: ClassVar[bool] = False
     all_linear: ClassVar[bool] = False
+    multiplies: ClassVar[bool] = False
     takes_arguments: ClassVar[bool] = False
     weight_name: ClassVar[str] = "weight"
     bias_name: ClassVar[str] = "bias"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "run" in vars(cls) and "multiplies" not in vars(cls):
+            cls.multiplies = False
 
     def claims(self, module: Any) -> bool:
         """Whether the module is of this kind."""

@@ -82,7 +82,7 @@ def _run_together(
     kwargs: dict[str, Any],
 ) -> Tensor | None:
     """Run the updates of the adapters ``here``; None where one of them, or the input, needs the generic way."""
-    if layer.kind.name != "linear" or input_reason(x) is not None:
+    if not layer.kind.multiplies or input_reason(x) is not None:
         return None
     samples = len(routes.names)
     if x.dim() < 2 or x.shape[0] != samples:

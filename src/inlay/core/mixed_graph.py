@@ -28,7 +28,7 @@ def trace_together(
 
     The graph depends on which adapters the batch has, and not on who serves which sample.
     """
-    if layer.kind.name != "linear" or not x.is_floating_point() or x.dim() < 2 or x.shape[0] != routes.rows.shape[0]:
+    if not layer.kind.multiplies or not x.is_floating_point() or x.dim() < 2 or x.shape[0] != routes.rows.shape[0]:
         return None
     deltas: list[Any] = []
     for name in here:

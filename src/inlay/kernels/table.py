@@ -63,7 +63,7 @@ def apply_delta(kind: Kind, module: nn.Module, site: Site, x: Tensor, delta: Del
 
 def sum_of(kind: Kind, module: nn.Module, site: Site, y: Tensor, x: Tensor, delta: Delta, compute: str) -> Tensor:
     """Return ``y``, the layer's output, with what ``delta`` adds to it for input ``x``; in the dtype of ``y``."""
-    if kind.name == "linear" and isinstance(delta, LowRank) and all(_plain(t) for t in (y, delta.A, delta.B)):
+    if kind.multiplies and isinstance(delta, LowRank) and all(_plain(t) for t in (y, delta.A, delta.B)):
         cast = _cast(kind, module, site, x, delta, compute)
         assert isinstance(cast, LowRank)
         if cast.A.dtype == y.dtype:  # one kernel adds product and scale

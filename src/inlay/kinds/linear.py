@@ -54,6 +54,7 @@ class Linear(Kind):
 
     name = "linear"
     all_linear = True
+    multiplies = True
 
     def claims(self, module: Any) -> bool:
         return isinstance(module, nn.Linear) or is_conv1d(type(module))
