@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,3 +64,13 @@ def hf_conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
     return Conv1D(8, 12)
+
+
+def bags(mode: str, **options: Any) -> Callable[[], nn.Module]:
+    """An embedding bag of small numbers: torch draws them so large that few of the updates would show."""
+
+    def build() -> nn.Module:
+        table = torch.randn(12, 12) * 0.2
+        return nn.EmbeddingBag(12, 12, mode=mode, _weight=table, **options)
+
+    return build

@@ -15,9 +15,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from cell_layers import Experts, OwnRMSNorm, ScaledEmbedding, Tied, hf_conv1d
+from cell_layers import Experts, OwnRMSNorm, ScaledEmbedding, Tied, bags, hf_conv1d
 from torch import Tensor, nn
 
+from inlay.config.variants import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from inlay.core.plan import plan
 from inlay.core.registry import method_class
 from inlay.errors import InlayError
@@ -77,6 +78,11 @@ def masked(config: Any) -> Any:
     return config
 
 
+# names of the first layer, and of the last one
+BLOCKS = BdLoraConfig(
+    target_modules_bd_a=["first", "up", "matrix"], target_modules_bd_b=["last", "down"], nblocks=2, match_strict=False
+)
+
 # -- methods: what to adapt -> config ---------------------------------------------------------------------------------
 
 METHODS: dict[str, Callable[[Target], Any]] = {
@@ -100,6 +106,28 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "dora": lambda target: LoraConfig(r=4, lora_alpha=6, use_dora=True, **target),
     "dora_pissa": lambda target: LoraConfig(
         r=2, lora_alpha=3, use_dora=True, use_rslora=True, init_lora_weights="pissa", **target
+    ),
+    "lora_kasa": lambda target: LoraConfig(r=4, lora_alpha=6, kasa_config=KasaConfig(), **target),
+    "lora_bd": lambda target: LoraConfig(r=4, lora_alpha=6, use_bdlora=BLOCKS, **target),
+    "lora_qa": lambda target: LoraConfig(r=4, lora_alpha=6, use_qalora=True, qalora_group_size=2, **target),
+    "lora_velora": lambda target: LoraConfig(  # so many sub-tokens are single features, and nothing is lost
+        r=4, lora_alpha=6, velora_config=VeloraConfig(num_groups=40, init_type="batch_average_once"), **target
+    ),
+    "lora_monteclora": lambda target: LoraConfig(
+        r=4, lora_alpha=6, monteclora_config=MontecloraConfig(num_samples=3), **target
+    ),
+    "dora_bd": lambda target: LoraConfig(r=4, use_dora=True, use_bdlora=BLOCKS, **target),
+    "dora_kasa_pissa": lambda target: LoraConfig(
+        r=2, lora_alpha=3, use_dora=True, kasa_config=KasaConfig(), init_lora_weights="pissa", **target
+    ),
+    "dora_qa_velora": lambda target: LoraConfig(
+        r=4,
+        use_dora=True,
+        use_rslora=True,
+        use_qalora=True,
+        qalora_group_size=3,
+        velora_config=VeloraConfig(num_groups=40),
+        **target,
     ),
     "ia3": lambda target: IA3Config(feedforward_modules=[], **target),
     "ia3_input": lambda target: IA3Config(feedforward_modules=target["target_modules"], **target),
@@ -172,7 +200,7 @@ METHODS: dict[str, Callable[[Target], Any]] = {
 # methods whose fresh adapter changes the output by design
 CHANGES_AT_INIT = {
     *("lora_random", "lora_loftq", "hra_joint", "deft_para", "lokr_whole", "c3a", "fourierft"),
-    *("vblora", "unilora", "tinylora_apart"),
+    *("vblora", "unilora", "tinylora_apart", "lora_kasa", "dora_kasa_pissa"),
 }
 # methods that train base parameters, which one adapter of a model can do
 TRAINS_BASE = {"lora_base_bias"}
@@ -215,6 +243,9 @@ KINDS: dict[str, LayerCase] = {
     "embedding_scaled": LayerCase(
         lambda: ScaledEmbedding(12, 12, padding_idx=0, scale=3.5), TOKENS, vocabulary=12, padding=0
     ),
+    "embedding_bag": LayerCase(bags("sum", padding_idx=1), TOKENS, 12, padding=1),
+    "embedding_bag_mean": LayerCase(bags("mean"), TOKENS, vocabulary=12),
+    "embedding_bag_max": LayerCase(bags("max"), TOKENS, vocabulary=12),
     "layernorm": LayerCase(lambda: nn.LayerNorm(12), FEATURES),
     "layernorm_planes": LayerCase(lambda: nn.LayerNorm((3, 4)), (BATCH, 2, 3, 4)),
     "rmsnorm": LayerCase(lambda: nn.RMSNorm(12), FEATURES),
@@ -245,6 +276,20 @@ STORAGES: dict[str, torch.dtype] = {
 
 # (methods, kinds, part of the sentence that says why); * stands for anything
 REFUSED: list[tuple[str, str, str]] = [
+    *((m, "conv2d_depthwise", "does not divide") for m in ("lora_bd", "lora_qa")),
+    *((m, kind, "does not divide") for m in ("?ora_bd", "lora_qa") for kind in ("embedding", "embedding_[mp]*")),
+    *(("?ora_bd", kind, "does not divide") for kind in ("conv3d", "convtranspose3d")),
+    *((m, "[!e]*norm*", "does not divide") for m in ("lora_bd", "lora_qa")),
+    ("lora_kasa", "[!e]*norm*", "which leaves none"),
+    ("*_kasa*", "embedding_max_norm", "leaves of them"),
+    ("*_velora", "embedding*", "compresses features for backward"),
+    ("dora_qa_velora", "experts_transposed", "does not divide the 8 columns"),
+    *(
+        (m, kind, "here the layer only gets another weight")
+        for m in ("*_velora", "lora_monteclora")
+        for kind in ("attention", "attention_b*", "experts*", "parameter", "embedding_bag_max")
+    ),
+    *((m, "[!e]*norm*", "only gets another weight") for m in ("lora_velora", "lora_monteclora")),
     ("lora", "conv2d_depthwise", "a rank that 8 divides"),
     ("lora_*", "conv2d_depthwise", "a rank that 8 divides"),
     ("lora_bias", "embedding*", "a layer that can have a bias"),
@@ -271,7 +316,8 @@ REFUSED: list[tuple[str, str, str]] = [
     ("vblora", "parameter", "target_parameters"),
     ("vblora", "conv2d_depthwise", "does not divide its 9 inputs"),
     ("vblora", "conv*_grouped", "inputs"),
-    ("vblora", "embedding*", "does not divide its 11 inputs"),
+    ("vblora", "embedding", "does not divide its 11 inputs"),
+    ("vblora", "embedding_[mp]*", "does not divide its 11 inputs"),
     ("vblora", "[!e]*norm*", "does not divide its 1 inputs"),
     ("unilora", "experts*", "target_parameters"),
     ("unilora", "parameter", "target_parameters"),
@@ -293,6 +339,7 @@ REFUSED: list[tuple[str, str, str]] = [
     ("beft", "attention_batch_first", "no bias of its own"),
     *(("pvera", kind, "draws noise in a forward pass") for kind in ("experts*", "parameter")),
     *(("beft", kind, "no bias of its own") for kind in ("experts*", "parameter")),
+    *((m, "embedding_bag_max", "here the layer only gets another weight") for m in ("pvera", "beft", "poly", "lily")),
     ("trainable_tokens", "experts*", "rows of an embedding or of an output head"),
     *(
         (method, kind, "does not divide")

@@ -65,6 +65,7 @@ class Site:
         groups: groups of a convolution.
         experts: leading axes of an expert bank.
         lookup: inputs are indices, not features (an embedding).
+        pooled: the looked-up rows are summed or averaged, so that an output belongs to no single index.
         elementwise: the weight multiplies elementwise (a norm); it is presented with one channel.
         bias: whether the layer has a bias.
         transposed: the weight is stored as (in, out), or (in, out / groups, *kernel).
@@ -82,6 +83,7 @@ class Site:
     groups: int = 1
     experts: tuple[int, ...] = ()
     lookup: bool = False
+    pooled: bool = False
     elementwise: bool = False
     bias: bool = False
     transposed: bool = False

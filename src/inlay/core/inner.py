@@ -93,7 +93,7 @@ class Inner:
     def _fused(self, x: Tensor, p: P, delta: Delta, gain: Tensor | None) -> Tensor | None:
         """Take the fused path, if there is one for this layer, this update and this input."""
         layer = self.layer
-        if layer.kind.name != "linear" or not self.is_base or torch.compiler.is_compiling():
+        if not layer.kind.multiplies or not self.is_base or torch.compiler.is_compiling():
             return None
         if input_reason(x) is not None or delta_reason(delta) is not None:
             return None
@@ -137,7 +137,7 @@ class Inner:
 
     def tasks(self, x: Tensor) -> Tensor | None:
         """Return the task of each row of the layer's input, (rows,), or None where none was chosen."""
-        return tasks_of(self.layer, x)
+        return tasks_of(self.layer, self._leaf(x).samples if self.layer.site.pooled else x)
 
     def product_dtype(self, x: Tensor, adapter: torch.dtype) -> torch.dtype:
         """Return the dtype in which products of ``x`` with an adapter's tensors run."""

@@ -214,8 +214,10 @@ class AdaptedLayer(ChainHolder):
         return Inner(self, chain, len(chain), args, kwargs)(x)
 
     def _run_affine(self, affine: Affine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        return self.kind.run(self.leaf_layer, self.site, affine, x, args[1:], kwargs if args else {})
+        if not args:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop(next(iter(kwargs))),)
+        return self.kind.run(self.leaf_layer, self.site, affine, args[0], args[1:], kwargs)
 
     def _routed(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run each adapter on the samples that ask for it."""

@@ -54,6 +54,8 @@ def run_apart(
 ) -> Any:
     """Run each adapter on its samples, and on each of them alone where the method couples samples of a batch."""
     x = args[0] if args else next(iter(kwargs.values()))
+    if layer.site.pooled:
+        x = layer.kind.called(layer.leaf_layer, x, args[1:], kwargs).samples
     tasks = _for_rows(layer, call, x)
     alone = {name for name in here if any(entry.method.couples for entry in layer.entries[name])}
     names = tuple(f"{name}\0{row}" if name in alone else name for row, name in enumerate(call.names_for(x)))

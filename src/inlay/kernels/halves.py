@@ -12,6 +12,7 @@ from torch import Tensor
 
 from inlay.core.affine import Affine, Site
 from inlay.core.kind import Kind
+from inlay.kernels.bags import down as down_bags
 from inlay.kernels.table import embed_scale, look_up, pad_input
 from inlay.kernels.transposed import down as down_transposed
 
@@ -29,6 +30,8 @@ def down(kind: Kind, module: Any, site: Site, x: Tensor, A: Tensor) -> Tensor:
         (..., r); of a convolution (samples, groups * r, *places).
     """
     shared = A.dim() == 2
+    if site.pooled:
+        return down_bags(module, x, A)
     if site.lookup:
         if shared:
             return look_up(module, x, A.t())

@@ -44,7 +44,6 @@ class Embedding(Kind):
 
     def view(self, module: Any, site: Site, weight: Tensor, bias: Tensor | None) -> Affine:
         affine = super().view(module, site, weight, bias)
-        assert isinstance(module, nn.Embedding)
         if module.max_norm is None:
             return affine
         norms = affine.weight.norm(p=module.norm_type, dim=0, keepdim=True)
@@ -53,7 +52,6 @@ class Embedding(Kind):
         return Affine(affine.weight * factor)
 
     def stored(self, module: Any, site: Site, affine: Affine) -> dict[str, Tensor]:
-        assert isinstance(module, nn.Embedding)
         if module.max_norm is not None:
             norms = affine.weight.norm(p=module.norm_type, dim=0)
             rounding = 4 * torch.finfo(self.weight_dtype(module) or norms.dtype).eps

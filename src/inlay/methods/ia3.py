@@ -111,6 +111,8 @@ class IA3(Method):
         if not p.on_input:
             y = inner(x)
             return (y * site.along_output(factors)).to(y.dtype)
+        if site.pooled:  # a bag has rows of several factors
+            return super().forward(site, p, x, inner)
         if site.lookup:  # one-hot inputs: the factor of a row
             y = inner(x)
             return (y * factors[x].unsqueeze(-1)).to(y.dtype)

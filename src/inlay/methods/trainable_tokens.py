@@ -58,6 +58,7 @@ class TrainableTokens(Method):
     """
 
     config_class = TrainableTokensConfig
+    linear = ("rows",)
     prefix = "trainable_tokens_"
     ties = True
     config: TrainableTokensConfig
@@ -119,6 +120,9 @@ class TrainableTokens(Method):
             p.rows.copy_(table[p.index])
         return None
 
+    def resting(self, site: Site, p: P, base: Affine) -> dict[str, Tensor]:
+        return {"rows": (base.weight.mT if site.lookup else base.weight)[p.index]}
+
     def rewrite(self, site: Site, p: P, layer: Affine, base: Affine) -> Affine:
         weight = layer.weight
         if site.lookup:
@@ -131,5 +135,8 @@ class TrainableTokens(Method):
             bias = (inner.base_affine() if inner.is_base else inner.affine()).bias
             rows = inner.run(x, Affine(p.rows, None if bias is None else bias[p.index]))
             return y.index_copy(-1, p.index, rows.to(y.dtype))
+        if site.pooled:
+            before = inner.affine().weight.index_select(-1, p.index).mT
+            return (y + inner.apply(x, Columns(p.index, p.rows - before.to(p.rows.dtype), site.fan_in))).to(y.dtype)
         replaced = inner.decide(torch.isin, x, p.index).unsqueeze(-1)
         return y.masked_fill(replaced, 0.0) + inner.apply(x, Columns(p.index, p.rows, site.fan_in)).to(y.dtype)
