@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from inlay.core.affine import LowRank
 from inlay.core.dtype import product_dtype
+from inlay.core.factors import factor_paths
 from inlay.kernels.switch import fast_paths
 
 if TYPE_CHECKING:
@@ -255,23 +256,21 @@ def _ready(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> Ready | None:
     entry = chain[0]
     p = layer.params(entry)
     delta = entry.method.update(entry.site, p)
-    held = {role: (containers, leaf) for role, containers, leaf in entry.places}
-    if not isinstance(delta, LowRank) or delta.A is not p.get("A") or delta.B is not p.get("B"):
-        return None
-    if delta.bias is not None or not isinstance(delta.scale, (int, float)) or not {"A", "B"} <= held.keys():
+    if not isinstance(delta, LowRank) or not isinstance(delta.scale, (int, float)):
         return None
     if any(isinstance(number, Tensor) for number in entry.options.values()):
         return None
-    home: Any = entry.home if entry.home is not None else layer
+    paths = factor_paths(entry, p, delta)
+    if paths is None or paths[2] is not None:
+        return None
     homes = []
-    for role in ("A", "B"):
-        containers, leaf = held[role]
-        holder = home
-        for part in containers:
+    for modules, leaf in paths[:2]:
+        if leaf != "weight" or modules[-1] != entry.name:
+            return None
+        holder: Any = entry.home if entry.home is not None else layer
+        for part in modules[:-1]:
             holder = holder._modules[part]
-        module = holder._modules.get(entry.name)
-        tensor = p.get(role)
-        if leaf != "weight" or module is None or module._parameters.get("weight") is not tensor:
+        if holder._modules[entry.name]._parameters.get(leaf) is None:  # it is computed
             return None
         homes.append(holder)
     return ReadyUpdate(layer, entry, homes, float(delta.scale))
