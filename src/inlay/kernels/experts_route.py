@@ -91,17 +91,17 @@ class Route:
 
     def sorted(self, tensor: Tensor) -> Tensor:
         """Sort (S, ...), given as unsorted rows."""
-        found: Tensor = _Permuted.apply(tensor, self.order, self.inverse)
+        found: Tensor = _Moved.apply(tensor, self.order, self.inverse)
         return found
 
     def spread(self, x: Tensor) -> Tensor:
         """Return the token (T, n) of each sorted row, (S, n)."""
-        found: Tensor = _Spread.apply(x, self.tokens, self.inverse.view(-1, self.chosen))
+        found: Tensor = _Moved.apply(x, self.tokens, self.inverse.view(-1, self.chosen))
         return found
 
     def summed(self, rows: Tensor) -> Tensor:
         """Sum the sorted rows (S, n) of each token, (T, n); sums of half precision are taken in float32."""
-        found: Tensor = _Summed.apply(rows, self.tokens, self.inverse.view(-1, self.chosen))
+        found: Tensor = _Moved.apply(rows, self.inverse.view(-1, self.chosen), self.tokens)
         return found
 
 
@@ -117,40 +117,23 @@ def _bags(index: Tensor) -> Tensor:
     return torch.arange(0, index.numel(), index.shape[1], device=index.device)
 
 
-# Each of the three is the backward of another, so gradients of gradients come for nothing.
+def _rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """Return the rows of x at an index (S,), or their sums over one of (T, k)."""
+    return x.index_select(0, index) if index.dim() == 1 else sum_rows(x, index)
 
 
-class _Permuted(torch.autograd.Function):
+class _Moved(torch.autograd.Function):
+    """Rows at an index; ``back`` is the index that takes the gradient of these rows to where they came from.
+
+    That is the same operation again, so gradients of gradients come for nothing.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        order, inverse = ctx.saved_tensors
-        return _Permuted.apply(grad, inverse, order), None, None
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, index)
-        return x.index_select(0, tokens)
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(index, back)
+        return _rows_at(x, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        tokens, index = ctx.saved_tensors
-        return _Summed.apply(grad, tokens, index), None, None
-
-
-class _Summed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, index)
-        return sum_rows(rows, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        tokens, index = ctx.saved_tensors
-        return _Spread.apply(grad, tokens, index), None, None
+        index, back = ctx.saved_tensors
+        return _Moved.apply(grad, back, index), None, None
