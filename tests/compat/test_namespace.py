@@ -83,15 +83,15 @@ def test_prefixes_are_equal():
 
 
 def test_what_is_not_built_can_be_imported_and_is_loud():
-    from inlay.compat.peft import AdaLoraConfig, PrefixTuningConfig, create_arrow_model
+    from inlay.compat.peft import PrefixTuningConfig, XLoraConfig, create_arrow_model
 
-    with pytest.raises(NotAvailableError, match=r"AdaLoraConfig is not available"):
-        AdaLoraConfig(r=4)
+    with pytest.raises(NotAvailableError, match=r"XLoraConfig is not available"):
+        XLoraConfig(hidden_size=4)
     with pytest.raises(UnsupportedError, match="create_arrow_model"):
         create_arrow_model()
     assert not isinstance(object(), PrefixTuningConfig)
     with pytest.raises(AttributeError, match="not available"):
-        _ = AdaLoraConfig.anything
+        _ = XLoraConfig.anything
 
 
 def test_a_wrong_name_suggests_the_right_one():

@@ -17,6 +17,7 @@ from inlay.compat.tuners.injection import running
 from inlay.compat.tuners.making import adapt_parameter, add_to, layer_over, layer_sharing, numbers_for
 from inlay.compat.tuners.overriding import KEY_HOOKS
 from inlay.config.defaults import default_targets, families
+from inlay.config.types import method_name
 from inlay.core.layer import AdaptedLayer
 from inlay.core.patterns import matcher
 from inlay.core.registry import method_class
@@ -259,8 +260,8 @@ _HOOKS: dict[str, type[MethodTuner]] = {
     "LOHA": LycorisTuner,
     "LOKR": LycorisTuner,
 }
-# folder of peft.tuners -> its mixin of layers, where that is not called after the configuration
-_LAYERS = {"loha": "LoHaLayer", "lokr": "LoKrLayer"}
+# folder of peft.tuners -> folder and name of the mixin of its layers, where that is not called after the configuration
+_LAYERS = {"loha": ("loha", "LoHaLayer"), "lokr": ("lokr", "LoKrLayer"), "adalora": ("lora", "LoraLayer")}
 
 
 @lru_cache(maxsize=128)
@@ -276,6 +277,7 @@ def tuner_of(peft_type: str) -> type[MethodTuner] | None:
         return None
     name = method.config_class.__name__.removesuffix("Config")
     home = f"tuners.{peft_type.lower()}"
+    folder, layer = _LAYERS.get(peft_type.lower(), (peft_type.lower(), f"{name}Layer"))
     mapping = {family: default_targets(peft_type, family) for family in families(peft_type)}
     members: dict[str, Any] = {
         "__module__": f"inlay.compat.peft.{home}.model",
@@ -284,7 +286,7 @@ def tuner_of(peft_type: str) -> type[MethodTuner] | None:
         "peft_type": peft_type,
         "prefix": method.prefix,
         "target_module_mapping": mapping,
-        "tuner_layer_cls": layer_class(f"{home}.layer", _LAYERS.get(peft_type.lower(), f"{name}Layer")),
+        "tuner_layer_cls": layer_class(f"tuners.{folder}.layer", layer),
         "_claims": staticmethod(partial(_claims, peft_type)),
     }
     made: Any = TunerClass(f"{name}Model", (_HOOKS.get(peft_type, MethodTuner),), members)
@@ -294,6 +296,4 @@ def tuner_of(peft_type: str) -> type[MethodTuner] | None:
 def _claims(peft_type: str, tuner: Any) -> bool:
     """Whether a tuner that was made before these classes were would be one of this method's."""
     first = next(iter(tuner.state.records.values()), None)
-    if type(tuner) is not AdapterModel or first is None:
-        return False
-    return str(getattr(first.config.peft_type, "value", first.config.peft_type)) == peft_type
+    return type(tuner) is AdapterModel and first is not None and method_name(first.config.peft_type) == peft_type

@@ -61,6 +61,6 @@ class PendingConfigs(Configs):
             self._waiting[name] = config
             dict.__setitem__(self, name, config)
 
-    def refresh(self) -> None:
-        super().refresh()
+    def refresh(self, name: str | None = None) -> None:
+        super().refresh(name)
         dict.update(self, self._waiting)
