@@ -238,8 +238,8 @@ def test_a_plain_dataclass_may_use_the_mix_ins():
     class Own(TargetFields, LayerFields, PeftConfig):
         r: int = 8
 
-    own = ["target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform"]
-    own += ["layers_pattern", "r"]
+    own = ["target_modules", "target_parameters", "scope", "exclude_modules", "modules_to_save"]
+    own += ["layers_to_transform", "layers_pattern", "r"]
     assert [f.name for f in dataclasses.fields(Own)][7:] == own
     assert Own(target_modules=["q"]).target_modules == {"q"}
     with pytest.raises(ConfigError, match=r"Own\.layers_pattern"):
@@ -252,7 +252,9 @@ def test_extending_an_ordered_config_keeps_its_order():
         extra: int = setting(3, doc="x")
 
     names = [f.name for f in dataclasses.fields(More)]
-    assert names == [*(f.name for f in dataclasses.fields(HadamardConfig)), "extra"]
+    *ours, last = (f.name for f in dataclasses.fields(HadamardConfig))
+    assert names == [*ours, "extra", last]
+    assert last == "scope"  # which is taken by name only
     assert More.peft_type is PeftType.LOHA
 
 

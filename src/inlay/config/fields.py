@@ -91,9 +91,9 @@ def check_pattern_keys(config: Any, field: str) -> None:
 
 @settings
 class TargetField:
-    """``target_modules`` and ``target_parameters``: which modules and bare parameters get an adapter."""
+    """``target_modules``, ``target_parameters`` and ``scope``: which modules and bare parameters get an adapter."""
 
-    beyond: ClassVar[frozenset[str]] = frozenset({"target_parameters"})  # in PEFT, LoRA alone has it
+    beyond: ClassVar[frozenset[str]] = frozenset({"target_parameters", "scope"})  # in PEFT, LoRA alone has the first
 
     target_modules: list[str] | set[str] | str | None = setting(
         default=None,
@@ -106,6 +106,13 @@ class TargetField:
         default=None,
         doc="Bare parameters to adapt, by dotted name or ending, such as the stacked weights of experts.",
         parameters="proportional to the number of matrices, for every expert",
+    )
+
+    scope: str | None = setting(
+        default=None,
+        doc="Dotted path of the only part of the model that the other fields look at, such as 'model.language_model'.",
+        parameters="less what modules elsewhere would have had",
+        keyword=True,
     )
 
     def check_fields(self) -> None:

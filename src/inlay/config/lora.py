@@ -37,7 +37,7 @@ class LoraConfig(TargetFields, LayerFields, PatternFields, FanInFanOutField, Pef
     """Configuration of LoRA and its variants."""
 
     peft_type = PeftType.LORA
-    beyond = frozenset()
+    beyond = frozenset({"scope"})
 
     r: int = setting(
         default=8, doc="Rank of the update.", gt=0, parameters="proportional: r * (in + out) a linear layer"

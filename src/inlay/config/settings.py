@@ -38,6 +38,7 @@ def setting(
     choices: Sequence[Any] | None = None,
     parameters: str = "none",
     check: Callable[[Any], str | None] | None = None,
+    keyword: bool = False,
 ) -> Any:
     """Declare one configuration field.
 
@@ -48,6 +49,7 @@ def setting(
         choices: the only values allowed.
         parameters: the effect on the number of trained parameters, in a short phrase.
         check: called with a value that is not None; returns what was expected where the value is wrong, else None.
+        keyword: the constructor takes it by name only, and it stands behind all other fields.
     """
     metadata = {
         "doc": doc,
@@ -61,8 +63,8 @@ def setting(
         "check": check,
     }
     if factory is not None:
-        return dataclasses.field(default_factory=factory, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=factory, metadata=metadata, kw_only=keyword)
+    return dataclasses.field(default=default, metadata=metadata, kw_only=keyword)
 
 
 class _ConstructorSignature:
@@ -187,6 +189,11 @@ def settings(cls: Any = None, /, *, positional: str = "") -> Any:
             if name not in declared:
                 raise ConfigError(f"{cls.__name__} has no field {name!r} to order.{did_you_mean(name, declared)}")
         cls.__annotations__ = {name: declared[name] for name in dict.fromkeys([*positional.split(), *declared])}
-        return dataclass(repr=False)(cls)
+        made = dataclass(repr=False)(cls)
+        held: dict[str, Any] = made.__dataclass_fields__
+        last = [name for name, declared in held.items() if declared.kw_only]
+        for name in last:  # also behind those of a class that extends the one that has it
+            held[name] = held.pop(name)
+        return made
 
     return apply if cls is None else apply(cls)

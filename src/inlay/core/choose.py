@@ -13,6 +13,7 @@ from inlay.core.extend import readable
 from inlay.core.kind import kind_of
 from inlay.core.mount import ModuleCopies
 from inlay.core.patterns import layer_index, matcher
+from inlay.core.scope import within
 from inlay.core.targets import ALL_LINEAR, Place, base_parameters, linear_paths, shortened
 from inlay.errors import TargetError, TargetWarning, UnsupportedError, did_you_mean, nearest
 
@@ -28,10 +29,11 @@ def choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
     targets = config.target_modules
     if targets is None:  # the config asks for something else than modules
         return []
+    inside = within(made, everything)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        paths = linear_paths(made.model, everything, config.task_type)
+        paths = linear_paths(made.model, inside, config.task_type)
         if made.policy.strict_targets:
-            paths = readable(paths, everything)
+            paths = readable(paths, inside)
         if made.copies:
             paths = {path for path in paths if covering(made, path) is None}
         made.resolved["target_modules"] = set(shortened(paths, (place.path for place in everything)))
@@ -46,8 +48,8 @@ def choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
     chosen: list[tuple[Place, str]] = []
     hit: set[str] = set()
     excluded: set[str] = set()
-    inside: dict[str, str] = {}
-    for place in everything:
+    covered: dict[str, str] = {}
+    for place in inside:
         pattern = match(place.path)
         if pattern is None and place.aliases:
             pattern = next((p for p in map(match, place.aliases) if p is not None), None)
@@ -68,23 +70,23 @@ def choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
                 f"{place.path!r} is trained in full by modules_to_save of another adapter; {pattern!r} cannot adapt it"
             )
         if copied is not None:  # trained in full
-            inside.setdefault(pattern, copied)
+            covered.setdefault(pattern, copied)
             continue
         hit.add(pattern)
         chosen.append((place, pattern))
-    for pattern in inside.keys() - hit:
+    for pattern in covered.keys() - hit:
         if made.policy.strict_targets:
             raise TargetError(
-                f"target_modules: {pattern!r} matches nothing outside of {inside[pattern]!r}, which modules_to_save "
+                f"target_modules: {pattern!r} matches nothing outside of {covered[pattern]!r}, which modules_to_save "
                 "trains in full; leave one of them out"
             )
         hit.add(pattern)
     if not isinstance(targets, str):
         taken = [path for place, _ in chosen for path in (place.path, *place.aliases)]
-        unmatched(made, "target_modules", set(targets) - hit, everything, taken)
+        unmatched(made, "target_modules", set(targets) - hit, inside, taken)
     if exclude is not None:
         asked = {config.exclude_modules} if isinstance(config.exclude_modules, str) else set(config.exclude_modules)
-        unmatched(made, "exclude_modules", asked - excluded, everything)
+        unmatched(made, "exclude_modules", asked - excluded, inside)
     return chosen
 
 
@@ -110,13 +112,15 @@ def nothing_matched(made: Plan, everything: list[Place]) -> str:
     names = [targets] if isinstance(targets, str) else sorted(targets or [])
     if not names and made.unmatched:  # only target_parameters were asked for, or token rows
         return f"{type(made.model).__name__}: nothing to adapt; {'; '.join(_unmatched_lines(made))}"
-    paths = [place.path for place in everything if kind_of(place.base) is not None]
+    paths = [place.path for place in within(made, everything) if kind_of(place.base) is not None]
     known = {path.rpartition(".")[2] for path in paths}
     # numbers alone say nothing: where there is nothing else, whole paths
     shown = sorted(name for name in known if not name.isdigit()) or paths
     hint = did_you_mean(names[0], known) if names else ""
+    scope = getattr(made.config, "scope", None)
+    where = type(made.model).__name__ if scope is None else f"{scope!r} of {type(made.model).__name__}"
     return (
-        f"target_modules={targets!r} matches nothing in {type(made.model).__name__} that is not excluded.{hint} "
+        f"target_modules={targets!r} matches nothing in {where} that is not excluded.{hint} "
         f"Layers there are called: {', '.join(shown[:20])}"
     )
 

@@ -10,6 +10,7 @@ from inlay.core.follow import follower_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
 from inlay.core.patterns import matcher
+from inlay.core.scope import within
 from inlay.core.targets import Place
 from inlay.core.tied import tied_groups, warn_untied
 from inlay.errors import ContainerError, TargetError
@@ -51,7 +52,8 @@ def plan_copies(made: Plan, everything: list[Place]) -> None:
         return
     match = matcher(wanted)
     hit: set[str] = set()
-    for place in everything:
+    inside = within(made, everything)
+    for place in inside:
         pattern = match(place.path)
         if pattern is None:
             continue
@@ -74,7 +76,7 @@ def plan_copies(made: Plan, everything: list[Place]) -> None:
         hit.add(pattern)
         made.copies.append((place, pattern))
         made.matched.setdefault(pattern, []).append(place.path)
-    unmatched(made, "modules_to_save", set(wanted) - hit - optional, everything, [p.path for p, _ in made.copies])
+    unmatched(made, "modules_to_save", set(wanted) - hit - optional, inside, [p.path for p, _ in made.copies])
 
 
 def _adapted(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:

@@ -12,6 +12,7 @@ from inlay.core.copies import check_copies, plan_copies, tie_copies
 from inlay.core.parameter import plan_parameters
 from inlay.core.patterns import matcher
 from inlay.core.registry import method_class
+from inlay.core.scope import within
 from inlay.core.targets import Place, places
 from inlay.core.tied import Group, owners, tied_groups, tied_placement, warn_untied
 from inlay.errors import ConfigError, ConfigTypeError, InlayWarning, TargetError, did_you_mean
@@ -32,7 +33,7 @@ def extend_plan(made: Plan, everything: list[Place]) -> None:
     _tie_targets(made, groups)
     plan_tokens(made, everything, groups)
     _plan_companions(made, everything)
-    plan_parameters(made, everything)
+    plan_parameters(made, within(made, everything))
     for placement in made.placements:
         weight = placement.place.base._parameters.get(placement.kind.weight_name)
         held = holders.get(id(weight), ())
