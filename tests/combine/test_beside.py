@@ -390,20 +390,22 @@ def test_configurations_equal_pefts():
 # -- other methods ----------------------------------------------------------------------------------------------------
 
 
-def test_a_method_without_combination():
+def test_a_method_without_combination_in_peft():
     pair = Pair("linear", {"target_modules": ["layer"], "r": 4}, method="LoHaConfig")
-    with pytest.raises(NoCombinationError, match="LOHA"):
-        pair.ours.add_weighted_adapter(["a"], [1.0], "new")
+    pair.ours.add_weighted_adapter(["a"], [1.0], "new")
+    assert pair.ours.peft_config["new"].peft_type == "LORA"
+    with pytest.raises(NoCombinationError, match="LoHa is not linear"):
+        pair.ours.add_weighted_adapter(["a", "a"], [1.0, 1.0], "newer", "linear")
     with pytest.raises(AttributeError):
         pair.theirs.add_weighted_adapter(["a"], [1.0], "new")
     assert issubclass(NoCombinationError, AttributeError)
 
 
-def test_two_methods_are_refused():
+def test_two_methods_have_no_form_in_common():
     pair = Pair("linear", lora(r=4))
     pair.ours.add_adapter("b", inlay.IA3Config(target_modules=["layer"], feedforward_modules=[]))
     with pytest.raises(CombinationError, match="different methods"):
-        pair.ours.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new")
+        pair.ours.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", "linear")
 
 
 def ia3(targets: list[str], feedforward: list[str] = ()) -> dict[str, Any]:  # type: ignore[assignment]

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cells import METHODS, Cell, works
+from cells import METHODS, Cell, method_of, works
 from combine_pairs import Pair, layer_of, lora, made_layer
 from peft.tuners.lora.conversion import convert_to_lora as their_convert
 from subject import Subject
@@ -57,7 +57,7 @@ def equal_pair(name: str, **more: Any) -> Pair:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("rank", [1, 3, 0.4, 0.9, 0.999])
+@pytest.mark.parametrize("rank", [1, 0.4, 0.999])
 @pytest.mark.parametrize("name", BESIDE_PEFT)
 def test_equals_peft_on_linear_layers(name, rank, tmp_path):
     pair = equal_pair(name)
@@ -86,12 +86,25 @@ def test_equals_peft_on_linear_layers(name, rank, tmp_path):
 
 
 CONVERTED = ["linear", "linear_nobias", "conv1d_hf", "conv1d_strided", "conv2d", "conv2d_grouped", "conv2d_depthwise"]
-CONVERTED += ["conv3d", "embedding", "embedding_padding", "embedding_max_norm", "embedding_scaled"]
+CONVERTED += [
+    "conv3d",
+    "convtranspose1d_grouped",
+    "convtranspose2d",
+    "convtranspose3d",
+    "embedding",
+    "embedding_padding",
+    "embedding_max_norm",
+    "embedding_scaled",
+]
+# every method with a quarter of its kinds, and every kind in turn; what depends on the data is refused
+FITTING = {m: [kind for kind in CONVERTED if works(m, kind)] for m in METHODS if method_of(m).mergeable}
 CELLS = [
     Cell(method, kind, "plain_fp64")
-    for method in METHODS
-    for kind in CONVERTED
-    if works(method, kind) and method != "lora_base_bias"
+    for i, (method, kinds) in enumerate(FITTING.items())
+    for j, kind in enumerate(kinds)
+    if method != "lora_base_bias"
+    and not (method == "beft" and "embedding" in kind)
+    and ((i + j) % 4 == 0 or (len(kinds) < 4 and j == 0))
 ]
 
 
@@ -348,6 +361,12 @@ def test_dora_is_converted_with_its_magnitude():
         A, B = (tensors[f"base_model.model.layer.lora_{part}.weight"] for part in "AB")
         found = bare["ours"].layer(pair.x) + pair.x @ A.T @ B.T
         assert torch.allclose(found, expected, atol=1e-4) == right
+
+
+def test_a_bias_of_an_embedding_is_refused():
+    subject = Subject(Cell("beft", "embedding", "plain_fp64"))
+    with pytest.raises(ConversionError, match="an embedding has none"):
+        inlay.convert_to_lora(subject.model, 1.0, "one")
 
 
 def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path):

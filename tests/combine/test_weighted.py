@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -51,16 +52,28 @@ def seeded(pair: Pair, call, monkeypatch) -> None:
         model.set_adapter("new")
 
 
+def cover(kinds: list[str], fits: Callable[[str, str, str], bool]) -> list[tuple[str, str, tuple[int, int], str]]:
+    """Return every pair of kind and combination with one choice of weights, ranks taking turns."""
+    cells = []
+    for i, kind in enumerate(kinds):
+        for j, combination in enumerate(COMBINATION_TYPES):
+            signs = [weights for weights in WEIGHTS if fits(kind, combination, weights)]
+            if signs:
+                weights = signs[(i + j) % len(signs)]
+                equal = (combination in FACTOR_TYPES and weights != "alone") or (i + j) % 2
+                cells.append((kind, combination, (4, 4) if equal else (4, 2), weights))
+    return cells
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("ranks", [(4, 4), (4, 2)])
-@pytest.mark.parametrize("combination", COMBINATION_TYPES)
-@pytest.mark.parametrize("kind", [*KINDS, "attention"])
+@pytest.mark.parametrize(
+    ("kind", "combination", "ranks", "weights"),
+    cover(
+        [*KINDS, "attention"],
+        lambda kind, combination, weights: weights == "alone" or not peft_is_wrong(kind, combination),
+    ),
+)
 def test_equals_peft_where_peft_is_right(kind, combination, ranks, weights, monkeypatch):
-    if len(set(ranks)) > 1 and combination in FACTOR_TYPES and weights != "alone":
-        pytest.skip("refused by both: see test_refusals")
-    if peft_is_wrong(kind, combination) and weights != "alone":
-        pytest.skip("against mathematics: see test_against_mathematics")
     pair = Pair(kind, *(lora(r=rank, lora_alpha=rank + 2) for rank in ranks))
     given = WEIGHTS[weights]
     names = ["a", "b"][: len(given)]
@@ -89,18 +102,15 @@ def truncated(matrix: Tensor, rank: int) -> Tensor:
     return (U[..., :rank] * S[..., None, :rank]) @ Vh[..., :rank, :]
 
 
+# what is drawn at random is compared with PEFT's draws above
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("ranks", [(4, 4), (4, 2)])
-@pytest.mark.parametrize("combination", COMBINATION_TYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "combination", "ranks", "weights"),
+    cover(KINDS, lambda kind, combination, weights: not combination.startswith("dare")),
+)
 def test_against_mathematics(kind, combination, ranks, weights):
-    if combination.startswith("dare"):
-        pytest.skip("draws at random: compared with PEFT's draws above")
     given = WEIGHTS[weights]
     names = ["a", "b"][: len(given)]
-    if len(given) > 1 and len(set(ranks)) > 1 and combination in FACTOR_TYPES:
-        pytest.skip("refused: see test_refusals")
     pair = Pair(kind, *(lora(r=rank, lora_alpha=rank + 2) for rank in ranks))
     pair.ours.add_weighted_adapter(names, given, "new", combination, density=0.6)
     parts = [factors(pair.ours, name) for name in names]

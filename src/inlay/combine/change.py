@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from inlay.combine.svd import Factors, energy_rank, factorise
 from inlay.core.affine import LowRank, Site
 from inlay.core.dtype import merge_dtype
+from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
 from inlay.errors import ConfigError
 
 __all__ = ["across_groups", "change_of", "lora_factors", "no_lora_at", "place_factors"]
 
 
-def no_lora_at(layer: AdaptedLayer, name: str) -> str | None:
-    """Return one sentence that says why no LoRA can stand for an adapter at a layer, or None."""
+def no_lora_at(layer: AdaptedLayer, name: str, files: bool = True) -> str | None:
+    """Return one sentence that says why no LoRA can stand for an adapter at a layer, or None.
+
+    Args:
+        layer: an adapted layer.
+        name: the adapter.
+        files: the LoRA is for files that PEFT can load.
+    """
     site = layer.site
-    if not layer.kind.activation or site.elementwise:
+    if files and (not layer.kind.activation or site.elementwise):
         return f"a LoRA of its {site.kind} kind is not what PEFT's files hold"
     for entry in layer.entries[name]:
         method = entry.method
@@ -29,8 +38,13 @@ def no_lora_at(layer: AdaptedLayer, name: str) -> str | None:
 
 
 @torch.no_grad()
-def change_of(layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor | None]:
+def change_of(layer: AdaptedLayer, name: str, held: Sequence[Entry] | None = None) -> tuple[Tensor, Tensor | None]:
     """Return what an adapter adds to the untouched layer, in float32 or wider.
+
+    Args:
+        layer: an adapted layer.
+        name: the adapter.
+        held: only these of what it has there.
 
     Returns:
         The change of the weight, (out, fan_in), or (groups, out / groups, groups * fan_in) where it crosses the groups
@@ -38,7 +52,7 @@ def change_of(layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor | None]:
     """
     base = layer.base_affine(whole=True)
     base = base.to(merge_dtype(base.weight.dtype))
-    entries = [(entry, layer.params(entry, whole=True)) for entry in layer.entries[name]]
+    entries = [(entry, layer.params(entry, whole=True)) for entry in (layer.entries[name] if held is None else held)]
     if all(entry.method.additive for entry, _ in entries):  # no rounding against the weight
         total, bias = torch.zeros((), dtype=base.weight.dtype, device=base.weight.device), None
         for entry, p in entries:

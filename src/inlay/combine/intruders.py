@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from inlay.combine.configs import derived
-from inlay.combine.lora import part_of, write_factors
+from inlay.combine.lora import write_factors
+from inlay.combine.parts import part_of
 from inlay.combine.placing import carry, check_layers, check_tied, entries, layers_of, plan_exactly, put
 from inlay.combine.svd import factorise
 from inlay.core.dtype import merge_dtype

@@ -2,80 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inlay.combine.configs import derived, united, united_targets, united_tokens
-from inlay.combine.placing import carry, check_tied, entries, layers_of, plan_exactly, put
-from inlay.combine.rules import Rule
-from inlay.combine.svd import Factors, clamped, factorise, factorise_product, resized
-from inlay.core.affine import LowRank, Site
+from inlay.combine.parts import Part, combined, part_of
+from inlay.combine.placing import carry, check_tied, entries, layers_of, plan_exactly, put, refuse_parameters
+from inlay.combine.rules import Request
+from inlay.combine.svd import Factors, resized
 from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
 from inlay.core.plan import Plan
 from inlay.core.state import State
 from inlay.errors import CombinationError
 
-__all__ = ["Part", "Request", "add_lora", "write_factors"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be combined, and how.
-
-    Attributes:
-        adapters, weights: the adapters, each with its weight.
-        name: the new adapter's name.
-        rule: see ``combine.rules``.
-        rank: of the result, for rules on whole matrices; by default the largest of the adapters.
-        clamp: quantile that bounds the factors after the decomposition.
-        driver: cuSOLVER's method of decomposition.
-    """
-
-    adapters: Sequence[str]
-    weights: Sequence[float]
-    name: str
-    rule: Rule
-    rank: int | None = None
-    clamp: float | None = None
-    driver: str | None = None
-
-
-@dataclass(frozen=True)
-class Part:
-    """One adapter's update of one layer, ``scale * B @ A``.
-
-    Attributes:
-        weight: its weight in the combination.
-        scale: its scale as it is set on the layer.
-        B: (out, r / groups).
-        A: (r, fan_in).
-        bias: (out,), scaled, or None.
-        magnitude: (out,), what DoRA's magnitude adds to the norm of the base's row, or None.
-    """
-
-    weight: float
-    scale: float
-    B: Tensor
-    A: Tensor
-    bias: Tensor | None
-    magnitude: Tensor | None
+__all__ = ["add_lora", "write_factors"]
 
 
 def add_lora(model: nn.Module, state: State, request: Request) -> None:
     """Combine LoRA adapters into a new one; see :func:`inlay.combine.add_weighted`."""
     configs = [state.record(name).config for name in request.adapters]
-    for name, config in zip(request.adapters, configs, strict=True):
-        if config.target_parameters:
-            raise CombinationError(
-                f"adapter {name!r} adapts bare parameters (target_parameters={sorted(config.target_parameters)}), "
-                "which cannot be combined"
-            )
+    refuse_parameters(state, request.adapters)
     held = [_ranks(model, name) for name in request.adapters]
     ranks = [
         max([config.r, *(config.rank_pattern or {}).values(), *found.values()])
@@ -162,7 +111,7 @@ def _fill_layer(layer: AdaptedLayer, entry: Entry, request: Request) -> None:
         for name, weight in zip(request.adapters, request.weights, strict=True)
         for held in entries(layer, name, "LORA")
     ]
-    factors = _combined(entry.site, parts, request)
+    factors = combined(entry.site, parts, request)
     p = write_factors(layer, entry, factors)
     if p.get("bias") is not None:
         zero = torch.zeros_like(p.bias)
@@ -178,66 +127,6 @@ def _fill_layer(layer: AdaptedLayer, entry: Entry, request: Request) -> None:
         merged = norm + request.rule.merge(found, [part.weight for part in parts])
         p.magnitude.copy_(merged.view(p.magnitude.shape))
     layer.put(entry, p)
-
-
-def part_of(layer: AdaptedLayer, entry: Entry, weight: float = 1.0) -> Part:
-    """Return what an adapter has at a layer."""
-    p = layer.params(entry, whole=True)
-    delta = entry.method.delta(entry.site, p)
-    if not isinstance(delta, LowRank):
-        raise CombinationError(f"{entry.site.name!r}: the update of adapter {entry.name!r} is not low-rank")
-    B, A = delta.B.detach(), delta.A.detach()
-    scale = float(entry.options["scaling"])
-    bias = None if delta.bias is None else delta.bias.detach() * scale
-    magnitude = p.get("magnitude")
-    return Part(weight, scale, B, A, bias, None if magnitude is None else magnitude.detach().flatten())
-
-
-def _combined(site: Site, parts: list[Part], request: Request) -> Factors:
-    """Return the combined update's factors, with groups as a leading axis where a convolution has any."""
-    rule = request.rule
-    weights = [part.weight for part in parts]
-    pairs = [_by_group(site.groups, part.B, part.A) for part in parts]
-    if rule.space == "factors":
-        sizes = [abs(part.weight * part.scale) ** 0.5 for part in parts]
-        # the sign goes to one of the two, because on both it would cancel
-        signed = [math.copysign(size, part.weight * part.scale) for size, part in zip(sizes, parts, strict=True)]
-        A = rule.merge([A for _, A in pairs], signed)
-        return rule.merge([B for B, _ in pairs], sizes), A
-    if rule.space == "cat":
-        return _side_by_side(pairs, parts)
-    rank = (request.rank or max(part.A.shape[0] for part in parts)) // site.groups
-    joined = _side_by_side(pairs, parts) if rule.sums and request.clamp is None and request.driver is None else None
-    if joined is not None and joined[0].shape[-1] <= min(joined[0].shape[-2], joined[1].shape[-1]):
-        U, S, Vh = factorise_product(*joined, rank)
-    else:
-        wide = [(torch.promote_types(B.dtype, torch.float32), B, A) for B, A in pairs]
-        updates = [
-            _stored(site, torch.matmul(B.to(dtype), A.to(dtype))) * part.scale
-            for (dtype, B, A), part in zip(wide, parts, strict=True)
-        ]
-        U, S, Vh = factorise(_matrix(site, rule.merge(updates, weights)), rank, request.driver)
-    return clamped((U * S.unsqueeze(-2), Vh), request.clamp)
-
-
-def _side_by_side(pairs: list[Factors], parts: list[Part]) -> Factors:
-    """Return the factors of the weighted sum: exact, and as wide as all of them together."""
-    A = torch.cat([A * (part.weight * part.scale) for (_, A), part in zip(pairs, parts, strict=True)], dim=-2)
-    return torch.cat([B for B, _ in pairs], dim=-1), A
-
-
-def _by_group(groups: int, B: Tensor, A: Tensor) -> Factors:
-    """Give a grouped convolution's factors a leading axis: (groups, out / groups, n) and (groups, n, fan_in)."""
-    return (B, A) if groups == 1 else (B.unflatten(0, (groups, -1)), A.unflatten(0, (groups, -1)))
-
-
-def _stored(site: Site, update: Tensor) -> Tensor:
-    """Return an update as the layer stores its weight, which is the order in which random pruning draws."""
-    return update if site.groups > 1 else site.to_stored(update)
-
-
-def _matrix(site: Site, update: Tensor) -> Tensor:
-    return update if site.groups > 1 else site.from_stored(update)
 
 
 def write_factors(layer: AdaptedLayer, entry: Entry, factors: Factors) -> Any:

@@ -25,7 +25,18 @@ from inlay.core.state import State
 from inlay.core.targets import places
 from inlay.errors import CombinationError, InlayError
 
-__all__ = ["carry", "check_layers", "check_tied", "entries", "layers_of", "plan_exactly", "put", "targets_exactly"]
+__all__ = [
+    "carry",
+    "check_layers",
+    "check_tied",
+    "entries",
+    "layers_of",
+    "main_entries",
+    "plan_exactly",
+    "put",
+    "refuse_parameters",
+    "targets_exactly",
+]
 
 TOKENS = "TRAINABLE_TOKENS"
 
@@ -38,6 +49,12 @@ def layers_of(model: nn.Module) -> Iterator[AdaptedLayer]:
 def entries(layer: AdaptedLayer, name: str, peft_type: Any) -> list[Entry]:
     """Return what an adapter has at a layer by its own method, without the token rows beside it."""
     return [entry for entry in layer.entries.get(name, ()) if entry.method.config.peft_type == peft_type]
+
+
+def main_entries(layer: AdaptedLayer, name: str) -> list[Entry]:
+    """Return the same, whatever the adapter's method is."""
+    record = layer.state.records.get(name)
+    return [] if record is None else entries(layer, name, record.config.peft_type)
 
 
 def plan_exactly(model: nn.Module, config: Any, name: str, wanted: set[str], autocast: bool) -> Plan:
@@ -109,6 +126,20 @@ def put(made: Plan, fill: Callable[[State], object]) -> None:
 
 
 # -- what stands beside the updates -----------------------------------------------------------------------------------
+
+
+def refuse_parameters(state: State, adapters: Iterable[str]) -> None:
+    """Low-rank updates of bare parameters are not combined.
+
+    Raises:
+        CombinationError: an adapter has some.
+    """
+    for name in adapters:
+        given = getattr(state.record(name).config, "target_parameters", None)
+        if given:
+            raise CombinationError(
+                f"adapter {name!r} adapts bare parameters (target_parameters={sorted(given)}), which cannot be combined"
+            )
 
 
 def check_layers(state: State, adapters: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from inlay.combine import tensors
 from inlay.core.dtype import merge_dtype
 from inlay.errors import CombinationError, ConfigError, ConfigTypeError, did_you_mean
 
-__all__ = ["COMBINATION_TYPES", "Rule", "rule"]
+__all__ = ["COMBINATION_TYPES", "Request", "Rule", "rule"]
 
 _OPERATORS: dict[str, Callable[..., Tensor]] = {
     "linear": tensors.task_arithmetic,
@@ -52,6 +52,28 @@ class Rule:
         dtype = merge_dtype(found[0].dtype)
         wide = [tensor.to(dtype) for tensor in found]
         return self.operator(wide, torch.tensor(weights, dtype=dtype, device=wide[0].device), **self.keywords)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be combined, and how.
+
+    Attributes:
+        adapters, weights: the adapters, each with its weight.
+        name: the new adapter's name.
+        rule: the way of combining.
+        rank: of the result, for rules on whole matrices; by default the largest of the adapters.
+        clamp: quantile that bounds the factors after the decomposition.
+        driver: cuSOLVER's method of decomposition.
+    """
+
+    adapters: Sequence[str]
+    weights: Sequence[float]
+    name: str
+    rule: Rule
+    rank: int | None = None
+    clamp: float | None = None
+    driver: str | None = None
 
 
 def rule(combination_type: str, density: float | None, majority_sign_method: str) -> Rule:

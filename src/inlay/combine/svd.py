@@ -5,13 +5,15 @@ Everything is computed in float32 or wider, because half-precision factors would
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from inlay.core.dtype import merge_dtype
 
-__all__ = ["Factors", "clamped", "energy_rank", "factorise", "factorise_product", "resized"]
+__all__ = ["Factors", "clamped", "energy_rank", "factorise", "factorise_product", "numerical_rank", "resized"]
 
 Factors = tuple[Tensor, Tensor]
 """``(B, A)`` of shapes (..., rows, r) and (..., r, columns), whose product is the matrix."""
@@ -58,6 +60,17 @@ def energy_rank(S: Tensor, share: float) -> int:
     energy = S.square().cumsum(dim=-1)
     reached = energy >= share * energy[..., -1:]
     return int(reached.int().argmax(dim=-1).max()) + 1
+
+
+def numerical_rank(S: Tensor, shape: Sequence[int]) -> int:
+    """Return how many singular values are more than rounding; at least 1.
+
+    Args:
+        S: (..., n), in descending order.
+        shape: of the matrix, (..., rows, columns).
+    """
+    bound = S[..., :1] * max(shape[-2:]) * torch.finfo(S.dtype).eps
+    return max(1, int((bound < S).sum(dim=-1).max()))
 
 
 def clamped(factors: Factors, quantile: float | None) -> Factors:

@@ -48,6 +48,18 @@ class Hooks:
             layers: sites with their maps, each read when its turn comes.
         """
 
+    @property
+    def linear(self) -> tuple[str, ...]:
+        """Roles that the update is linear in while all else stays: adapters are combined by them.
+
+        The update is that of their difference from :meth:`resting`.
+        """
+        return ()
+
+    def resting(self, site: Site, p: P, base: Affine) -> dict[str, Tensor]:
+        """Return the values of :attr:`linear` roles that change nothing, where these are not zeros."""
+        return {}
+
     def penalty(self, layers: Sequence[tuple[Site, P]]) -> Tensor | None:
         """Return what is added to the loss while the adapter trains, given its sites and what it has there."""
         return None

@@ -32,6 +32,7 @@ class BEFT(Method):
     """``W x + b + d``: d is trained. Without a bias b it runs, and no weight can hold it."""
 
     config_class = BeftConfig
+    linear = ("bias",)
     prefix = "beft_"
     config: BeftConfig
 

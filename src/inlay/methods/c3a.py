@@ -61,6 +61,7 @@ class C3A(Method):
     """``1 / in * [C(w_mn)]``: block (m, n) has the vector w_mn as its first row, turned by one place in each next."""
 
     config_class = C3AConfig
+    linear = ("kernel",)
     prefix = "c3a_"
     patterned = ("block_size_pattern",)
     config: C3AConfig

@@ -78,6 +78,7 @@ class FourierFT(Method):
     """``scaling * Re(ifft2(F))`` is added to W, F of W's shape with n trained entries at fixed random places."""
 
     config_class = FourierFTConfig
+    linear = ("spectrum",)
     prefix = "fourierft_"
     config: FourierFTConfig
 

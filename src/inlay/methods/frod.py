@@ -103,6 +103,7 @@ class FRoD(Method):
     """
 
     config_class = FrodConfig
+    linear = ("l", "s")
     prefix = "frod_"
     dropout_field = "frod_dropout"
     config: FrodConfig
@@ -179,6 +180,9 @@ class FRoD(Method):
 
     def prepare(self, site: Site, p: P, layer: Affine) -> None:
         p.l.add_(p.l0)
+
+    def resting(self, site: Site, p: P, base: Affine) -> dict[str, Tensor]:
+        return {"l": p.l0}
 
     def middle(self, site: Site, p: P) -> Tensor:
         """Return ``S + diag(l - l0)``, (*experts, k, k)."""

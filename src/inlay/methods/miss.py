@@ -53,6 +53,7 @@ class MiSS(Method):
     """``W + [D D ...]``: D, (out, r), stands beside itself over all inputs; for 'mini' also below itself."""
 
     config_class = MissConfig
+    linear = ("block",)
     prefix = "miss_"
     dropout_field = "miss_dropout"
     patterned = ()

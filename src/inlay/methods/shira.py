@@ -68,6 +68,7 @@ class SHiRA(Method):
     """``W + S`` where S has r * (in + out) trained entries at fixed places."""
 
     config_class = ShiraConfig
+    linear = ("values",)
     prefix = "shira_"
     mixed = True
     patterned = ()

@@ -78,6 +78,10 @@ class SuperTuning(Method):
     config: SupertuningConfig
 
     @property
+    def linear(self) -> tuple[str, ...]:
+        return ("values",) if self.config.r is None else ()
+
+    @property
     def identity(self) -> bool:
         return self.config.init_weights
 

@@ -86,6 +86,7 @@ class TinyLoRA(Method):
     """``U sqrt(S) R sqrt(S) V`` is added to ``W = U S V``, cut to r directions; ``R = sum_i v_i P_i``, P_i random."""
 
     config_class = TinyLoraConfig
+    linear = ("v",)
     prefix = "tinylora_"
     dropout_field = "tinylora_dropout"
     config: TinyLoraConfig

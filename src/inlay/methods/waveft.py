@@ -101,6 +101,7 @@ class WaveFT(Method):
     """``scaling * S C S^T`` is added to W: C has n trained wavelet coefficients at random places, S synthesises."""
 
     config_class = WaveFTConfig
+    linear = ("spectrum",)
     prefix = "waveft_"
     config: WaveFTConfig
 
