@@ -19,6 +19,7 @@ from structured_methods import SAVED as STRUCTURED
 from torch import Tensor, nn
 from trained_tables import SAVED_TRAINED
 from twins import ours_of
+from variant_tables import SAVED_VARIANTS
 
 import inlay
 from inlay.checkpoint import adapter_slots, get_peft_model_state_dict, save_adapters, set_peft_model_state_dict
@@ -111,8 +112,8 @@ CASES: dict[str, Make] = {
     "fourierft": lambda: peft.FourierFTConfig(n_frequency=6, target_modules=["lin", "wide"]),
     **SAVED,
     **STRUCTURED,
-    **STRUCTURED,
     **SAVED_TRAINED,
+    **SAVED_VARIANTS,
     "ln_tuning": lambda: peft.LNTuningConfig(target_modules=["norm"]),
     "trainable_tokens": lambda: peft.TrainableTokensConfig(token_indices=[1, 4], target_modules=["emb"]),
 }

@@ -10,6 +10,7 @@ from structured_methods import ROWS as STRUCTURED
 from structured_methods import WRONG_INPUT_GRADIENT
 from trained_tables import NOT_MERGED, TRAINED
 from twins import LAYERS, Twins, close
+from variant_tables import VARIANTS
 
 T = {"target_modules": ["layer"]}
 CONVS = ["conv1d", "conv2d", "conv2d_grouped", "conv3d", "conv3d_grouped"]
@@ -113,6 +114,7 @@ TABLE = [
     *ROWS,
     *STRUCTURED,
     *TRAINED,
+    *VARIANTS,
     ("norm", norm, LN_LAYERS),
     ("tokens", tokens, ["embedding", "linear_nobias"]),
     ("tokens_random", lambda: tokens(init_weights=False), ["embedding"]),

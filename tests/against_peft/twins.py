@@ -100,8 +100,15 @@ def ours_of(config: Any) -> Any:
     """Return Inlay's config with the values of PEFT's."""
     fields = dataclasses.fields(config)
     usual = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
-    given = {name: copy.deepcopy(value) for name, value in vars(config).items() if usual.get(name, value) != value}
+    values = {name: _plain(value) for name, value in vars(config).items()}
+    given = {name: copy.deepcopy(value) for name, value in values.items() if usual.get(name, value) != value}
     return registry.config_class(config.peft_type.value)(**given)
+
+
+def _plain(value: Any) -> Any:
+    """PEFT's nested options as files have them."""
+    nested = dataclasses.is_dataclass(value) and not isinstance(value, (peft.PeftConfig, peft.LoraRuntimeConfig, type))
+    return dataclasses.asdict(value) if nested else value
 
 
 def by_our_names(model: nn.Module) -> dict[str, nn.Parameter]:

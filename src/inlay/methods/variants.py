@@ -37,7 +37,7 @@ def _class_of(fields: tuple[str, ...]) -> type[Method]:
     if len(parts) == 1:
         only: type[Method] = parts[0]
         return only
-    name = "_".join(part.__name__ for part in parts)
+    name = "+".join(part.__name__ for part in parts)
     return type(name, tuple(parts), {"__reduce__": _reduced, "fields": fields, "__module__": __name__})
 
 
