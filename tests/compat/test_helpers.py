@@ -16,7 +16,7 @@ from torch import nn
 import inlay
 import inlay.compat.peft as own
 import inlay.compat.peft.helpers as ours
-from inlay.errors import NotAvailableError
+from inlay.core.policy import PEFT
 
 NAMES = [
     "check_if_peft_model",
@@ -58,14 +58,18 @@ def test_rescaling_is_undone_after_an_exception_and_nests(tmp_path):
     assert layer.scaling["default"] == 1.0
 
 
-def test_rescaling_covers_every_lora_adapter_and_nothing_else(tmp_path):
+def test_rescaling_covers_every_adapter(tmp_path):
+    """PEFT looks at LoRA alone; a model that stands in for its does so too."""
     model = loaded(Written(tmp_path))
     model.add_adapter("second", inlay.LoraConfig(r=2, lora_alpha=6, target_modules=["lin"]))
     model.add_adapter("third", inlay.LoHaConfig(r=2, alpha=6, target_modules=["lin"]))
     layer = model.base_model.model.lin
     with ours.rescale_adapter_scale(model, 2.0):
-        assert dict(layer.scaling) == {"default": 2.0, "second": 6.0, "third": 3.0}
+        assert dict(layer.scaling) == {"default": 2.0, "second": 6.0, "third": 6.0}
     assert dict(layer.scaling) == {"default": 1.0, "second": 3.0, "third": 3.0}
+    layer.state.policy = PEFT
+    with ours.rescale_adapter_scale(model, 2.0):
+        assert dict(layer.scaling) == {"default": 2.0, "second": 6.0, "third": 3.0}
 
 
 def test_rescaling_a_prepared_model(tmp_path):
@@ -97,8 +101,8 @@ def test_rescaling_without_lora():
     for module in (ours, theirs):
         with pytest.raises(ValueError, match=r"[Ll]o[Rr][Aa]"), module.rescale_adapter_scale(base(), 2.0):
             pass
-    loha = inlay.get_peft_model(base(), inlay.LoHaConfig(target_modules=["lin"]))
-    with pytest.raises(ValueError, match="LoRA"), ours.rescale_adapter_scale(loha, 2.0):
+    ia3 = inlay.get_peft_model(base(), inlay.IA3Config(target_modules=["lin"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="LoRA"), ours.rescale_adapter_scale(ia3, 2.0):
         pass
     real = peft.get_peft_model(base(), peft.LoHaConfig(target_modules=["lin"]))
     with pytest.raises(ValueError, match="Lora"), theirs.rescale_adapter_scale(real, 2.0):
@@ -251,7 +255,38 @@ def test_the_mixin_of_monteclora_adds_nothing_without_it(tmp_path, return_output
         trainer = type("T", (module.MontecloraTrainerMixin, _Trainer), {})()
         results.append(trainer.compute_loss(model, {"x": 1}, return_outputs, num_items_in_batch=3))
     assert results[0] == results[1] == ((torch.tensor(3.0), {"x": 1}) if return_outputs else torch.tensor(3.0))
-    model = loaded(written)
-    model.peft_config["default"].monteclora_config = {"num_samples": 2}
-    with pytest.raises(NotAvailableError, match="monteclora_config"):
-        type("T", (ours.MontecloraTrainerMixin, _Trainer), {})().compute_loss(model, {})
+
+
+def test_monteclora_counts_once_in_a_trainers_loss(monkeypatch):
+    """Under PEFT's policy by the mixin, as in PEFT; else a wrapped model adds it to the loss that it returns."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from inlay.methods.monteclora import MonteCLoRA
+
+    class Trainer:
+        def compute_loss(self, model, inputs, return_outputs=False):
+            return model(**inputs).loss
+
+    def noise(self, like):
+        return torch.ones_like(like)
+
+    monkeypatch.setattr(MonteCLoRA, "noise", noise)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes))
+    tokens = torch.arange(6).view(1, 6)
+    inputs = {"input_ids": tokens, "labels": tokens}
+    fields = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    options = {"num_samples": 2, "kl_loss_weight": 3.0}
+    plain = inlay.get_peft_model(copy.deepcopy(base), inlay.LoraConfig(**fields)).train()
+    for made in (inlay.get_peft_model, own.get_peft_model):
+        model = made(copy.deepcopy(base), inlay.LoraConfig(monteclora_config=options, **fields)).train()
+        term = model._get_monteclora_loss()
+        assert float(term) > 1
+        assert float(term) == pytest.approx(float(inlay.penalty(model)))
+        trainer = type("T", (ours.MontecloraTrainerMixin, Trainer), {})()
+        loss = trainer.compute_loss(model, inputs)
+        assert float(loss) == pytest.approx(float(plain(**inputs).loss) + float(term), rel=1e-4)
+        returned = float(model(**inputs).loss)
+        adds = made is inlay.get_peft_model
+        assert returned == pytest.approx(float(loss) if adds else float(loss - term), rel=1e-4)

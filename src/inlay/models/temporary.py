@@ -18,10 +18,12 @@ __all__ = ["disable_input_dtype_casting", "rescale_adapter_scale"]
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Multiply the scale of every LoRA adapter of a model inside the ``with`` block.
+    """Multiply the scale of every adapter of a model that has one inside the ``with`` block.
 
     A multiplier between 0 and 1 moves the model along the line from the base to the fine-tuned one (WiSE-FT,
     Wortsman et al. 2021, arXiv:2109.01903).
+
+    Under the policy ``peft`` only LoRA is scaled, as there.
 
     Args:
         model: a ``PeftModel``, a model with injected adapters, or a part of one.
@@ -29,7 +31,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
     Raises:
         ConfigTypeError: ``multiplier`` is no number.
-        TargetError: no LoRA adapter in the model.
+        TargetError: no adapter in the model has a scale.
     """
     if not isinstance(multiplier, (int, float)):
         raise ConfigTypeError(f"multiplier: expected a number, found {type(multiplier).__name__} {multiplier!r}")
@@ -37,26 +39,28 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     found = False
     try:
         for module in model.modules():
-            for scales, name in _lora_scales(module):
+            for scales, name in _scales(module):
                 found = True
                 before = scales[name]
                 undo.append(partial(scales.__setitem__, name, before))
                 scales[name] = before * multiplier
         if not found:
-            raise TargetError(f"this {type(model).__name__} has no LoRA layer whose scale could be changed")
+            raise TargetError(f"this {type(model).__name__} has no adapter, of LoRA or another method, whose scale could be changed")
         yield
     finally:
         for step in undo:
             step()
 
 
-def _lora_scales(module: Any) -> list[tuple[MutableMapping[str, Any], str]]:
-    """Return the places of a module's LoRA scales: (mapping, adapter)."""
+def _scales(module: Any) -> list[tuple[MutableMapping[str, Any], str]]:
+    """Return the places of a module's scales: (mapping, adapter)."""
     if isinstance(module, AdaptedLayer):
+        strict = module.state.policy.peft_layers
         names = [
             name
             for name, entries in module.entries.items()
-            if any(entry.method.config.peft_type == PeftType.LORA for entry in entries)
+            if any("scaling" in entry.options for entry in entries)
+            and (not strict or any(entry.method.config.peft_type == PeftType.LORA for entry in entries))
         ]
         return [(module.scaling, name) for name in names]
     held = module.__dict__.get("scaling")  # a layer that users brought
