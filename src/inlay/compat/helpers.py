@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from inlay.config import PeftConfig, PeftType
+from inlay.config import PeftConfig
 from inlay.core.remember import is_remembering, remember
 from inlay.core.state import find_states
-from inlay.errors import ConfigError, NotAvailableError, did_you_mean
+from inlay.errors import ConfigError, did_you_mean
 from inlay.models.temporary import disable_input_dtype_casting, rescale_adapter_scale
+from inlay.models.terms import monteclora_term
+from inlay.models.tuner import AdapterModel
 
 __all__ = [
     "DoraCaching",
@@ -118,26 +120,24 @@ class DoraCaching:
 
 
 class MontecloraTrainerMixin:
-    """Goes before a trainer's class, whose loss MonteCLoRA adds a term to; without MonteCLoRA it adds nothing.
-
-    MonteCLoRA is not available yet, so no model can have the term; should a configuration ask for it all the same,
-    the loss raises instead of leaving it out.
-    """
+    """Goes before a trainer's class, and adds the term of MonteCLoRA to its loss where the model has not done so."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """Return the trainer's loss, or (loss, outputs).
-
-        Raises:
-            NotAvailableError: an adapter's configuration has ``monteclora_config``.
-        """
-        for state in find_states(model):
-            for name, record in state.records.items():
-                config = record.config
-                if config.peft_type == PeftType.LORA and getattr(config, "monteclora_config", None):
-                    raise NotAvailableError(
-                        f"adapter {name!r} has a monteclora_config; MonteCLoRA and its loss are not available yet"
-                    )
+        """Return the trainer's loss, or (loss, outputs)."""
         base: Any = super()
-        return base.compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        result = base.compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        wrapped = [module.state for module in model.modules() if isinstance(module, AdapterModel)]
+        states = find_states(model)
+        terms = [
+            term
+            for state in states
+            if not (state.policy.adds_every_term and any(state is one for one in wrapped))
+            if (term := monteclora_term(state)) is not None
+        ]
+        if not terms:
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        loss = loss + sum(term.to(loss.device) for term in terms) / len(states)
+        return (loss, outputs) if return_outputs else loss

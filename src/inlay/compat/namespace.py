@@ -49,6 +49,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     ),
     "tuners.": ("inlay.compat.tuners", "inlay.compat.layers"),
     "tuners.adamss.asa_callback": ("inlay.training.callback",),
+    "tuners.lora.config": ("inlay.config.variants",),
     "tuners.lora.conversion": ("inlay.models.conversion",),
     "tuners.lora.corda": ("inlay.inits.corda",),
     "tuners.lora.eva": ("inlay.models.eva",),

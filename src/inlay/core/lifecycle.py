@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from inlay.core.method import P
     from inlay.core.state import State
 
-__all__ = ["Stepped", "moving_importance", "penalises", "penalty_of", "step_of"]
+__all__ = ["Stepped", "moving_importance", "penalises", "penalty_of", "step_of", "terms_of", "total"]
 
 
 @dataclass
@@ -67,14 +67,41 @@ def penalises(method: Any) -> bool:
     return type(method).penalty is not Method.penalty
 
 
-def penalty_of(state: State) -> Tensor | None:
-    """Return the sum of the terms that active adapters in training add to the loss; None where there is none."""
-    total: Tensor | None = None
-    for name, record in _training(state, "penalty"):
-        term = record.method.penalty(_layers(state, name, record.method))
-        if term is not None:
-            total = term if total is None else total + term.to(total.device)
-    return total
+def penalty_of(state: State, within: bool = False) -> Tensor | None:
+    """Return the sum of the terms that active adapters in training add to the loss; None where there is none.
+
+    Args:
+        within: only of methods whose terms a model of this policy adds to its own loss.
+    """
+    every = state.policy.adds_every_term or not within
+    return total(
+        term
+        for name, record in _training(state, "penalty")
+        if every or record.method.adds_penalty
+        if (term := record.method.penalty(_layers(state, name, record.method))) is not None
+    )
+
+
+def terms_of(state: State, function: str, names: Iterable[str] | None = None) -> list[Tensor]:
+    """Return what a function of their methods gives for the layers of some adapters, by default the active ones.
+
+    Args:
+        function: of those methods that have it: takes sites with tensors and returns a term for each.
+    """
+    found: list[Tensor] = []
+    for name in state.active if names is None else names:
+        method = state.records[name].method if name in state.records else None
+        if hasattr(method, function):
+            found.extend(getattr(method, function)(_layers(state, name, method)))
+    return found
+
+
+def total(terms: Iterable[Tensor]) -> Tensor | None:
+    """Return the sum of numbers, on the device of the first; None of none."""
+    found: Tensor | None = None
+    for term in terms:
+        found = term if found is None else found + term.to(found.device)
+    return found
 
 
 @torch.no_grad()

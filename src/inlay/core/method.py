@@ -80,6 +80,7 @@ class Method(Hooks):
         mergeable: False where the update depends on the data.
         samples: ``forward`` draws noise in training, which no weight can stand for; a merge writes its mean.
         own_backward: in training the gradients are others than those of the rewritten weight.
+        adds_penalty: whether PEFT adds what ``penalty`` gives to a model's loss, and not the user.
         couples: what a sample gets depends on the other samples of its batch.
         reads_tasks: ``forward`` chooses by the task of each sample.
         mixed: whether PEFT lets the method take part in a mixed model.
@@ -98,6 +99,7 @@ class Method(Hooks):
     mergeable: ClassVar[bool] = True
     samples: ClassVar[bool] = False
     own_backward: ClassVar[bool] = False
+    adds_penalty: ClassVar[bool] = True
     couples: ClassVar[bool] = False
     reads_tasks: ClassVar[bool] = False
     mixed: ClassVar[bool] = False

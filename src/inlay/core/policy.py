@@ -30,6 +30,8 @@ class Policy:
         share_inputs: layers that read the same tensor go down to their ranks in one product, which changes the last
             bits of what they give, from the second forward on. None: on accelerators only, where launches cost more
             than the products; on a CPU three narrow products cost what one does.
+        adds_every_term: a wrapped model's loss has every term of its methods, also those that PEFT leaves to the
+            training loop (``Method.adds_penalty``).
         prefix_patterns: a pattern key may be a whole dotted prefix of a path.
         lenient_combining: combining adapters into a name that exists changes nothing, and one adapter alone is only
             scaled, whatever rank is asked for.
@@ -48,6 +50,7 @@ class Policy:
     starts_over: bool
     own_dropout: bool
     share_inputs: bool | None
+    adds_every_term: bool
     prefix_patterns: bool
     lenient_combining: bool
 
@@ -66,6 +69,7 @@ INLAY = Policy(
     starts_over=False,
     own_dropout=True,
     share_inputs=None,
+    adds_every_term=True,
     prefix_patterns=True,
     lenient_combining=False,
 )
@@ -83,6 +87,7 @@ PEFT = Policy(
     starts_over=True,
     own_dropout=False,
     share_inputs=None,
+    adds_every_term=False,
     prefix_patterns=False,
     lenient_combining=True,
 )

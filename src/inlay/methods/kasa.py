@@ -11,6 +11,7 @@ from torch import Tensor
 
 from inlay.core.affine import Affine, Site
 from inlay.core.dtype import merge_dtype
+from inlay.core.lifecycle import total
 from inlay.core.method import P
 from inlay.core.slot import Constant, Normal, Slot
 from inlay.inits.start import blocks_of
@@ -21,6 +22,8 @@ __all__ = ["KaSA"]
 
 class KaSA(LoRA):
     """``W_(k-r) + scaling * B diag(d) A``, where W_(k-r) is the weight without its r smallest singular directions."""
+
+    adds_penalty = False
 
     @property
     def identity(self) -> bool:
@@ -67,6 +70,11 @@ class KaSA(LoRA):
         return A, B * p.diag.unsqueeze(-2)
 
     def penalty(self, layers: Sequence[tuple[Site, P]]) -> Tensor | None:
+        terms, further = self.kasa_terms(layers), super().penalty(layers)
+        return total(terms if further is None else [*terms, further])
+
+    def kasa_terms(self, layers: Sequence[tuple[Site, P]]) -> list[Tensor]:
+        """Return what is added to the loss for each layer."""
         options = self.config.kasa_config
         assert options is not None
         terms = []
@@ -76,4 +84,4 @@ class KaSA(LoRA):
             eye = torch.eye(A.shape[-2], dtype=A.dtype, device=A.device)
             far = [torch.linalg.vector_norm(gram - eye, dim=(-3, -2, -1)).sum() for gram in (A @ A.mT, B.mT @ B)]
             terms.append(options.beta * p.diag.to(A.dtype).square().sum() + options.gamma * (far[0] + far[1]))
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
+        return terms

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from inlay.core.affine import Site
 from inlay.core.dtype import merge_dtype
+from inlay.core.lifecycle import total
 from inlay.core.method import P
 from inlay.core.slot import Constant, Slot
 from inlay.methods.lora import LoRA
@@ -40,6 +41,7 @@ class MonteCLoRA(LoRA):
 
     samples = True
     scales_rows = False
+    adds_penalty = False
 
     def slots(self, site: Site) -> dict[str, Slot]:
         options = self.config.monteclora_config
@@ -80,6 +82,12 @@ class MonteCLoRA(LoRA):
         return (torch.exp(2 * std) * wishart).clamp_min(1e-3), weights
 
     def penalty(self, layers: Sequence[tuple[Site, P]]) -> Tensor | None:
+        terms, further = self.monteclora_terms(layers), super().penalty(layers)
+        mean = [term / len(terms) for term in terms]
+        return total(mean if further is None else [*mean, further])
+
+    def monteclora_terms(self, layers: Sequence[tuple[Site, P]]) -> list[Tensor]:
+        """Return what is added to the loss for each layer in training; their mean counts."""
         options = self.config.monteclora_config
         assert options is not None
         terms = []
@@ -97,7 +105,7 @@ class MonteCLoRA(LoRA):
             )
             term = options.kl_loss_weight * divergence
             terms.append(term + weights.square().sum() if options.use_entropy else term)
-        return torch.stack([term.to(terms[0].device) for term in terms]).mean() if terms else None
+        return terms
 
 
 def dirichlet_divergence(alpha: Tensor, prior: float) -> Tensor:

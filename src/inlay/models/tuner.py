@@ -25,11 +25,12 @@ from inlay.core.state import State, find_state
 from inlay.errors import UnsupportedError
 from inlay.models import operate
 from inlay.models.root import Configs, mark
+from inlay.models.terms import LossTerms
 
 __all__ = ["AdapterModel", "tuner_class"]
 
 
-class AdapterModel(nn.Module):
+class AdapterModel(LossTerms, nn.Module):
     """A bare model with adapters in it; attributes that it does not have are the model's.
 
     Args:
@@ -107,7 +108,7 @@ class AdapterModel(nn.Module):
         """Run the model. What methods add to the loss is added where the output has one and gradients are wanted."""
         output = self._by_task(self.model, args, kwargs)
         if self.state.penalised and torch.is_grad_enabled() and isinstance(getattr(output, "loss", None), Tensor):
-            term = penalty_of(self.state)
+            term = penalty_of(self.state, within=True)
             if term is not None:
                 output.loss = output.loss + term.to(output.loss.device)
         return output

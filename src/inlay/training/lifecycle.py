@@ -13,8 +13,9 @@ __all__ = ["penalty", "step"]
 def penalty(model: nn.Module) -> Tensor | None:
     """Return what the methods of the adapters in training add to the loss, a scalar; None where they add nothing.
 
-    A wrapped model whose output has a ``loss`` has it in there already. It is for losses that are computed outside, and
-    for bare models::
+    A wrapped model whose output has a ``loss`` has it in there already, but for the terms of KaSA and MonteCLoRA under
+    PEFT's policy, which leaves them to the training loop. It is for losses that are computed outside, and for bare
+    models::
 
         loss = my_loss(model(x), y)
         term = inlay.penalty(model)
