@@ -45,6 +45,11 @@ def test_known_counts(rows: list[MethodFacts]) -> None:
     found = {row.peft_type: row.parameters for row in rows}
     assert found["LORA"] == 8 * (4096 + 4096)
     assert found["LORA, DoRA"] == 8 * (4096 + 4096) + 4096
+    assert found["LORA, QA-LoRA"] == 8 * (4096 // 16 + 4096)
+    assert found["LORA, BD-LoRA"] == 8 * (4096 + 4096 // 4)
+    assert found["LORA, KaSA"] == 8 * (4096 + 4096) + 8
+    assert found["LORA, VeLoRA"] == 8 * (4096 + 4096)
+    assert found["LORA, MonteCLoRA"] == 8 * (4096 + 4096) + 8 + 8
     assert found["VERA"] == 4096 + 256
     assert found["FOURIERFT"] == 1000
 

@@ -1,4 +1,7 @@
-"""BD-LoRA: block-diagonal A or B, so that a layer split over devices needs no exchange for its update."""
+"""BD-LoRA: block-diagonal factors, so that split layers exchange nothing (Wang et al. 2025, arXiv:2510.23346).
+
+A layer that is split by outputs gets a block-diagonal B, one that is split by inputs a block-diagonal A.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ __all__ = ["BDLoRA"]
 
 
 class BDLoRA(LoRA):
-    """``W + scaling * B A`` with A or B block-diagonal, by the layer's name (2025, arXiv:2510.23346).
+    """``W + scaling * B A`` with A or B block-diagonal, by the layer's name.
 
     A block of A reads its own share of the inputs, a block of B writes its own share of the outputs. Blocks are stored
     below one another, (r, in / n) and (out, r / n); those of a bank of experts or of a grouped convolution are blocks

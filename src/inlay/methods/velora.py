@@ -22,7 +22,7 @@ def unit(tensor: Tensor, generator: torch.Generator) -> None:
 
 
 class VeLoRA(LoRA):
-    """LoRA whose A trains on ``v v^T x`` for each sub-token x of the input, while the output is that of LoRA.
+    """``W + scaling * B A``, where A trains on ``v v^T x`` for each sub-token x of the input.
 
     A token's features are cut into ``num_groups`` sub-tokens; what is kept for backward is the product of each with one
     direction v. Of a convolution these are the channels at each place.

@@ -52,7 +52,16 @@ NEEDED: dict[str, dict[str, Any]] = {
     "IA3": {"feedforward_modules": []},
     "TRAINABLE_TOKENS": {"token_indices": [0]},
 }
-FORMS: dict[str, dict[str, dict[str, Any]]] = {"LORA": {"DoRA": {"use_dora": True}}}
+FORMS: dict[str, dict[str, dict[str, Any]]] = {
+    "LORA": {
+        "DoRA": {"use_dora": True},
+        "QA-LoRA": {"use_qalora": True},
+        "BD-LoRA": {"use_bdlora": {"target_modules_bd_b": [""], "nblocks": 4}},
+        "KaSA": {"kasa_config": {}},
+        "VeLoRA": {"velora_config": {}},
+        "MonteCLoRA": {"monteclora_config": {}},
+    }
+}
 _PAPER = re.compile(r"(?:arXiv:)?\b(\d{4}\.\d{5})\b")
 
 
