@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from cells import METHODS, family
 from torch import Tensor, nn
 
 from inlay.checkpoint import adapter_slots
@@ -73,6 +75,9 @@ CONFIGS: dict[str, dict[str, Callable[[], Any]]] = {
     "LN_TUNING": {"norm": _config("LN_TUNING", target_modules=["norm"])},
     "TRAINABLE_TOKENS": {"rows": _config("TRAINABLE_TOKENS", token_indices=[1, 4], target_modules=["emb"])},
 }
+for name in METHODS:  # the others as the cells have them, on two linear layers
+    if family(name) not in (*CONFIGS, "DORA"):
+        CONFIGS[family(name)] = {"linear": partial(METHODS[name], {"target_modules": ["lin", "wide"]})}
 CASES = [(method, case) for method, cases in CONFIGS.items() for case in cases]
 
 
@@ -94,9 +99,11 @@ def shaken(model: nn.Module, name: str = "default", seed: int = 3) -> nn.Module:
     for key, target in adapter_slots(model, name).items():
         noise = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} {key}".encode()))
         with torch.no_grad():
+            if "frod_V" in key:  # follows from the base weights, and another constant follows from it
+                continue
             if target.tensor.is_floating_point():
                 target.tensor.add_(torch.rand(target.tensor.shape, generator=noise) * 0.2 + 0.1)
-            else:
+            elif "num_batches_tracked" in key:  # other whole numbers are places in a weight
                 target.tensor.add_(7)
     return model
 

@@ -58,6 +58,7 @@ class OSFConfig(TargetField, SavedModulesField, PeftConfig):
     target_svd_config: dict[str, int] | None = setting(default=None, doc="Kept for files that have it; not read.")
 
     def check_fields(self) -> None:
+        self.init_weights = self.init_weights is not False  # files of earlier releases say null
         for pattern in self.rank_pattern or ():
             check_pattern(type(self).__name__, "rank_pattern", pattern)
 
@@ -76,7 +77,7 @@ class OSF(Method):
 
     @property
     def identity(self) -> bool:
-        return self.config.init_weights is not False
+        return bool(self.config.init_weights)
 
     def implied(self, model: nn.Module, model_type: str | None) -> dict[str, Any]:
         known = model_type is not None and default_targets("OSF", model_type) is not None
@@ -113,7 +114,7 @@ class OSF(Method):
 
     def slots(self, site: Site) -> dict[str, Slot]:
         keep = self.options(site)["effective_rank"]
-        start = Normal(1.0) if self.config.init_weights is False else zeros
+        start = zeros if self.config.init_weights else Normal(1.0)
         fixed = {"buffer": True, "trainable": False, "saved": False}
         sizes = {"k": min(site.out, site.fan_in) - keep, "h": keep}
         slots = {
