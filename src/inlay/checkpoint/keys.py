@@ -18,6 +18,7 @@ from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
 from inlay.core.mount import ModuleCopies
+from inlay.core.part import own_method
 from inlay.core.slot import Slot
 
 __all__ = ["adapter_slots", "base_target", "foreign_biases", "key_index", "slot_holder"]
@@ -235,7 +236,8 @@ def _biases(tree: Tree, adapter: str) -> Iterator[Target]:
     adapted: set[int] = set()
     for node in tree.nodes:
         if isinstance(node.module, AdaptedLayer) and any(
-            entry.method is method and entry.site.parameter is None for entry in node.module.entries.get(adapter, ())
+            own_method(entry.method) is method and entry.site.parameter is None
+            for entry in node.module.entries.get(adapter, ())
         ):
             adapted.add(id(node.module.get_base_layer()))
     for node in tree.nodes:

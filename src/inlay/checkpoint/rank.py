@@ -14,6 +14,7 @@ from inlay.checkpoint.keys import slot_holder
 from inlay.core.entry import Entry, find_tensor
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
+from inlay.core.part import Sliced
 from inlay.core.slot import Slot
 from inlay.core.state import State
 from inlay.core.tied import Tied
@@ -43,11 +44,11 @@ def renewed(method: Method, config: Any) -> Method:
 
 def successor(method: Method, new: Method) -> Method:
     """Return what follows on the method of one layer, when its adapter's method becomes ``new``."""
-    if not isinstance(method, Tied):
+    if not isinstance(method, (Sliced, Tied)):
         return new  # one object for all layers, as compiled code has found it
-    tied = copy.copy(method)
-    tied.config, tied.method = new.config, new
-    return tied
+    around = copy.copy(method)
+    around.config, around.method = new.config, new
+    return around
 
 
 def entries_of(state: State, adapter: str) -> Iterator[tuple[AdaptedLayer, Entry]]:
@@ -56,7 +57,7 @@ def entries_of(state: State, adapter: str) -> Iterator[tuple[AdaptedLayer, Entry
     for layer in state.layers():
         if isinstance(layer, AdaptedLayer):
             for entry in layer.entries.get(adapter, ()):
-                if (entry.method.method if isinstance(entry.method, Tied) else entry.method) is method:
+                if (entry.method.method if isinstance(entry.method, (Sliced, Tied)) else entry.method) is method:
                     yield layer, entry
 
 

@@ -12,6 +12,7 @@ from inlay.core.copies import covering
 from inlay.core.extend import readable
 from inlay.core.kind import kind_of
 from inlay.core.mount import ModuleCopies
+from inlay.core.part import part_matcher
 from inlay.core.patterns import layer_index, matcher
 from inlay.core.scope import within
 from inlay.core.targets import ALL_LINEAR, Place, base_parameters, linear_paths, shortened
@@ -41,7 +42,7 @@ def choose(made: Plan, everything: list[Place]) -> list[tuple[Place, str]]:
         def match(path: str) -> str | None:
             return ALL_LINEAR if path in paths else None
     else:
-        match = matcher(targets)  # type: ignore[assignment]  # the two branches differ in the parameter's name
+        match = part_matcher(targets)  # type: ignore[assignment]  # the two branches differ in the parameter's name
     exclude = matcher(config.exclude_modules) if getattr(config, "exclude_modules", None) else None
     wanted = getattr(config, "layers_to_transform", None)
     indices = None if wanted is None else {wanted} if isinstance(wanted, int) else set(wanted)
@@ -102,7 +103,7 @@ def unmatched(
     """Record patterns that matched nothing, also none of the ``taken`` paths, which a longer pattern chose."""
     paths = [place.path for place in everything]
     for pattern in patterns:
-        if any(map(matcher([pattern]), taken)):
+        if any(map(part_matcher([pattern]), taken)):
             continue
         made.unmatched[f"{what}: {pattern}"] = nearest(pattern, [*paths, *(p.rpartition(".")[2] for p in paths)])
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import inlay.kernels.compressed
+import inlay.kernels.parts
 import inlay.kernels.structured  # noqa: F401  these enter their ways of multiplying
 from inlay.core.affine import Affine, Delta, Dense, LowRank
 from inlay.core.dtype import product_dtype

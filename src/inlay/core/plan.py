@@ -24,16 +24,17 @@ from inlay.core.join import check_joinable
 from inlay.core.kind import Kind, kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
+from inlay.core.part import method_at
 from inlay.core.policy import INLAY, Policy
 from inlay.core.rebase import check_rebasable
-from inlay.core.registry import load_installed, method_class
+from inlay.core.registry import method_class
 from inlay.core.replicate import Replication, installed, replication_of
 from inlay.core.retarget import retargeted
 from inlay.core.shared import share_out
 from inlay.core.slot import Slot
 from inlay.core.state import State, check_adapter_name, find_states
 from inlay.core.targets import Place, base_parameters, places, survey
-from inlay.core.unfit import unreadable, weightless
+from inlay.core.unfit import found_kind, unreadable, weightless
 from inlay.errors import InlayWarning, NoTargetError, TargetError, UnsupportedError
 from inlay.parallel.fsdp import refuse_managed
 from inlay.parallel.placement import Layout, is_alone, layout_of
@@ -243,7 +244,8 @@ def _resolve(made: Plan, everything: list[Place]) -> None:
         made.method.survey([kind.site(place.path, place.base) for kind, place in known if kind is not None])
     for place, pattern in chosen:
         made.matched.setdefault(pattern, []).append(place.path)
-        made.placements.append(place_method(made, place, pattern, made.method))
+        method = method_at(made.model, place, pattern, made.method)
+        made.placements.append(place_method(made, place, pattern, method))
     extend_plan(made, everything)
     tie_copies(made, everything)
     check_copies(made)
@@ -267,14 +269,7 @@ def place_method(
         UnsupportedError: the method refuses the site.
     """
     base = place.base
-    kind = kind or kind_of(base)
-    if kind is None and load_installed():  # a kind of another package may know it
-        kind = kind_of(base)
-    if kind is None:
-        raise TargetError(
-            f"{place.path!r}, matched by {pattern!r}, is a {type(base).__name__}, which is no layer that can be "
-            "adapted (supported: linear, convolution, embedding, norm and attention layers); name the layers inside it"
-        )
+    kind = kind or kind_of(base) or found_kind(place, pattern)
     if site is None and isinstance(place.module, AdaptedLayer) and place.module.site.parameter is not None:
         raise TargetError(
             f"{place.path!r}, matched by {pattern!r}, has its parameter {place.module.site.parameter!r} adapted by "

@@ -8,16 +8,38 @@ from torch import nn
 
 from inlay.core.affine import Site
 from inlay.core.choose import model_type
-from inlay.core.kind import Kind
+from inlay.core.kind import Kind, kind_of
 from inlay.core.method import Method
 from inlay.core.nest import takes_dropout
 from inlay.core.readers import fused_reader, may_be_fused
+from inlay.core.registry import load_installed
 from inlay.core.targets import Place
+from inlay.errors import TargetError
 
 if TYPE_CHECKING:
     from inlay.core.plan import Plan
 
-__all__ = ["unreadable", "weightless"]
+__all__ = ["found_kind", "unreadable", "weightless"]
+
+
+def found_kind(place: Place, pattern: str) -> Kind:
+    """Return a kind for a module that none claims: one of another package, or what a trial of the module finds.
+
+    Raises:
+        TargetError: there is none.
+    """
+    base = place.base
+    kind = kind_of(base) if load_installed() else None
+    if kind is None:
+        from inlay.kinds.probed import probed
+
+        kind = probed(place.path, base)
+    if kind is None:
+        raise TargetError(
+            f"{place.path!r}, matched by {pattern!r}, is a {type(base).__name__}, which is no layer that can be "
+            "adapted (supported: linear, convolution, embedding, norm and attention layers); name the layers inside it"
+        )
+    return kind
 
 
 def weightless(made: Plan, kind: Kind, site: Site, method: Method, base: nn.Module) -> str | None:

@@ -20,6 +20,7 @@ from inlay.checkpoint.tree import MODEL_PREFIX, Node, Tree, bare_model
 from inlay.combine.change import across_groups, change_of, lora_factors, no_lora_at
 from inlay.combine.placing import targets_exactly
 from inlay.config import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
+from inlay.core.fused_layouts import bare_name
 from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
 from inlay.core.rebase import base_change
@@ -91,6 +92,8 @@ def convert_to_lora(
         if shift is not None:
             change = change + across_groups(layer.site, shift, change)
         A, B = decompose(layer.site, change, rank)
+        if change.dim() == 2:
+            B[~change.any(dim=-1)] = 0.0  # exactly, where nothing changed: outside of a slice
         keys = ("lora_embedding_A", "lora_embedding_B") if layer.site.lookup else ("lora_A.weight", "lora_B.weight")
         dtype = _dtype(layer, adapter_name, change)
         for key, tensor in zip(keys, (A, B), strict=True):
@@ -188,13 +191,17 @@ def _config(tree: Tree, name: str, rank: float, ranks: dict[str, int], with_bias
     fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     kept = ("fan_in_fan_out", "task_type", "base_model_name_or_path", "revision")
     pattern = {_exactly(path, ranks): r for path, r in ranks.items() if r != usual}
+    given: dict[str, Any] = {name: copy.deepcopy(getattr(old, name, None)) for name in (*fields, *kept)}
+    targets = given["target_modules"]
+    if targets is not None and not isinstance(targets, str):
+        given["target_modules"] = {bare_name(target) for target in targets}  # rows outside of a slice are zeros
     config = LoraConfig(
         r=usual,
         lora_alpha=usual,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         lora_bias=with_bias,
-        **{name: copy.deepcopy(value) for name in (*fields, *kept) if (value := getattr(old, name, None)) is not None},
+        **{name: value for name, value in given.items() if value is not None},
     )
     return targets_exactly(tree.bare, tree.state, config, set(ranks))
 
