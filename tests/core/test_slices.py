@@ -1,4 +1,4 @@
-"""A slice of a fused projection: beside the same adapter on a layer of those rows, and beside the model that reads it."""
+"""Slices of fused projections, beside the same adapter on a layer of those rows, and beside models that read them."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ def probed(path: str, module: nn.Module) -> Probed | None:
         if bias is not None and len(bias) != weight.shape[1 if transposed else 0]:
             continue
         try:
-            error = _error(module, weight, bias, transposed)
+            with torch.random.fork_rng([weight.device] if weight.is_cuda else []):  # a layer may draw noise
+                error = _error(module, weight, bias, transposed)
         except Exception as caught:  # whatever a module of others raises at features it does not take
             refused = caught
             continue
