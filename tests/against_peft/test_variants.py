@@ -305,6 +305,34 @@ def test_kasa_gives_the_weight_back():
     assert not torch.allclose(theirs.unload().layer.weight, weight)
 
 
+def test_kasa_becomes_a_lora_over_the_weight_as_it_was():
+    base = LINEAR.model()
+    config = {"r": 2, "lora_alpha": 3, **T}
+    ours = inlay.get_peft_model(copy.deepcopy(base), inlay.LoraConfig(kasa_config={}, **config))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(kasa_config=peft.KasaConfig(), **config))
+    with torch.no_grad():
+        ours.base_model.layer.lora_B["default"].weight.normal_()
+    x = LINEAR.input()
+    expected = ours(x)
+    made, tensors = inlay.convert_to_lora(ours, rank=4)
+    over = inlay.get_peft_model(copy.deepcopy(base), made)
+    inlay.set_peft_model_state_dict(over, tensors)
+    close(over(x), expected, 1e-4)
+    with pytest.raises(TypeError, match="conversion"):
+        peft.convert_to_lora(theirs, rank=4)
+
+
+def test_what_kasa_is_beside():
+    base = LINEAR.model()
+    first, second = {"r": 2, **T}, {"r": 2, "kasa_config": {}, **T}
+    model = inlay.get_peft_model(copy.deepcopy(base), inlay.LoraConfig(**first))
+    with pytest.warns(inlay.InlayWarning, match="changes base weights"):
+        model.add_adapter("other", inlay.LoraConfig(**second))
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**first))
+    with pytest.raises(ValueError, match="KaSA"):
+        theirs.add_adapter("other", peft.LoraConfig(r=2, kasa_config=peft.KasaConfig(), **T))
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [

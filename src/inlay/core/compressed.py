@@ -42,18 +42,24 @@ class Compressed(Structured):
     def matrix(self) -> Tensor:
         return self.plain().dense()
 
-    @torch.no_grad()
     def project(self, x: Tensor, channel: int) -> tuple[Tensor, Tensor]:
         """Return the numbers that are kept of an input, with as many channels as pieces, and the direction."""
-        tokens, direction = self.cut(x, channel), self.direction
+        with torch.no_grad():  # not as a decorator, which cannot be traced on a method
+            tokens = self.cut(x, channel)
+            direction = self._found(tokens).to(x.dtype)
+            return (tokens @ direction).movedim(-1, channel), direction
+
+    def _found(self, tokens: Tensor) -> Tensor:
+        """Return what to project sub-tokens on."""
+        direction = self.direction
         if direction is None:
-            direction = _mean(tokens)
-        elif self.learns:  # no branch, which a compiled graph could not have
-            direction = torch.where(direction.any(), direction, _mean(tokens).to(direction.dtype))
-            assert self.direction is not None
-            self.direction.copy_(direction)
-        direction = direction.to(x.dtype)
-        return (tokens @ direction).movedim(-1, channel), direction
+            return _mean(tokens)
+        if not self.learns:
+            return direction
+        # no branch, which a compiled graph could not have
+        found = torch.where(direction.any(), direction, _mean(tokens).to(direction.dtype))
+        direction.copy_(found)
+        return found
 
     def cut(self, x: Tensor, channel: int) -> Tensor:
         """Return sub-tokens, (..., pieces, features / pieces), with zeros after the last feature."""
