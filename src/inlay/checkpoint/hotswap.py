@@ -20,6 +20,7 @@ from inlay.checkpoint.rank import RANK_FIELDS, Sized, entries_of, own_entries, r
 from inlay.checkpoint.replace import replace_adapter
 from inlay.checkpoint.tree import Tree, bare_model, unwrapped
 from inlay.config import PeftType
+from inlay.config.variants import NO_VARIANT
 from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
 from inlay.core.state import State, find_states
@@ -112,7 +113,8 @@ def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
             that swapping does not change.
     """
     _check_methods(config0, config1)
-    for field in CONFIG_KEYS_TO_CHECK[config0.peft_type]:
+    ranks = () if config0.kasa_config is None else ("r", "rank_pattern")  # so much was taken out of the weights
+    for field in (*CONFIG_KEYS_TO_CHECK[config0.peft_type], *NO_VARIANT, *ranks):
         ours, theirs = getattr(config0, field), getattr(config1, field)
         if ours != theirs:
             raise ConfigError(f"hot swap: {field} must be the same for both adapters, found {ours!r} and {theirs!r}")

@@ -44,6 +44,11 @@ def over_original(
             f"path_initial_model_for_weight_conversion: {adapter!r} is a {config.peft_type.value} adapter, and the "
             "conversion is for LoRA, whose starts change base weights"
         )
+    if config.kasa_config is not None:
+        raise UnsupportedError(
+            f"path_initial_model_for_weight_conversion: {adapter!r} has kasa_config, and the singular directions that "
+            "it took out of the weights are not among its tensors; inlay.convert_to_lora counts them"
+        )
     start = tree.state.record(adapter).method.start  # type: ignore[attr-defined]
     if not start.changes_base and config.init_lora_weights is not True:
         warnings.warn(
@@ -53,6 +58,8 @@ def over_original(
             stacklevel=5,
         )
     _, initial = load_adapter_files(folder)
+    of_training = (".lora_velora_embed", ".lora_monteclora_sampler.")  # which ends with the conversion
+    tensors = {key: value for key, value in tensors.items() if not any(part in key for part in of_training)}
     return subtracted(tree, adapter, tensors, initial, os.fspath(folder))
 
 
@@ -102,6 +109,7 @@ def over_original_config(config: Any) -> Any:
     made = copy.deepcopy(config)
     factor = 2**0.5 if made.use_rslora else 2
     made.init_lora_weights = True
+    made.velora_config = made.monteclora_config = None
     made.loftq_config, made.eva_config, made.corda_config, made.lora_ga_config = {}, None, None, None
     made.r, made.lora_alpha = 2 * made.r, factor * made.lora_alpha
     made.rank_pattern = {key: 2 * r for key, r in (made.rank_pattern or {}).items()}

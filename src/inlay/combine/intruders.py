@@ -17,6 +17,7 @@ from inlay.combine.lora import write_factors
 from inlay.combine.parts import part_of
 from inlay.combine.placing import carry, check_layers, check_tied, entries, layers_of, plan_exactly, put
 from inlay.combine.svd import factorise
+from inlay.config.variants import NO_VARIANT
 from inlay.core.dtype import merge_dtype
 from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
@@ -79,7 +80,7 @@ def _add_shrunk(
         if not 0 <= number <= 1:
             raise ConfigError(f"{what}: expected a number from 0 to 1, found {number!r}")
     wide = any(layer.params(entry).A.dtype.itemsize >= 4 for layer, entry in held)
-    made = plan_exactly(model, derived(config), new_name, {e.site.name for _, e in held}, autocast=wide)
+    made = plan_exactly(model, derived(config, **NO_VARIANT), new_name, {e.site.name for _, e in held}, autocast=wide)
     lines: list[str] = []
 
     def fill(state: State) -> None:

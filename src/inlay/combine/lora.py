@@ -12,6 +12,7 @@ from inlay.combine.parts import Part, combined, part_of
 from inlay.combine.placing import carry, check_tied, entries, layers_of, plan_exactly, put, refuse_parameters
 from inlay.combine.rules import Request
 from inlay.combine.svd import Factors, resized
+from inlay.config.variants import NO_VARIANT
 from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
 from inlay.core.plan import Plan
@@ -90,6 +91,7 @@ def _plan(model: nn.Module, state: State, request: Request, configs: list[Any], 
         modules_to_save=united(configs, "modules_to_save"),
         trainable_token_indices=united_tokens(configs),
         init_lora_weights=start if start in (True, False, "gaussian") else True,
+        **NO_VARIANT,  # what they come to is two factors
     )
     held = [
         (layer, entry)

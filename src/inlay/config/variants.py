@@ -7,7 +7,16 @@ from typing import Any, Literal
 from inlay.config.settings import Settings, setting, settings
 from inlay.errors import ConfigError
 
-__all__ = ["BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig", "check_variants"]
+__all__ = ["NO_VARIANT", "BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig", "check_variants"]
+
+# The fields that ask for a variant other than DoRA, as a LoRA without one has them.
+NO_VARIANT: dict[str, Any] = {
+    "use_qalora": False,
+    "use_bdlora": None,
+    "kasa_config": None,
+    "velora_config": None,
+    "monteclora_config": None,
+}
 
 
 @settings
