@@ -15,6 +15,7 @@ from inlay.combine.svd import Factors, resized
 from inlay.config.variants import NO_VARIANT
 from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
+from inlay.core.part import Sliced
 from inlay.core.plan import Plan
 from inlay.core.state import State
 from inlay.errors import CombinationError
@@ -135,6 +136,8 @@ def write_factors(layer: AdaptedLayer, entry: Entry, factors: Factors) -> Any:
     """Write factors into an entry's A and B, with zeros for what its rank has beyond them; returns its tensors."""
     p = layer.params(entry, whole=True)
     B, A = resized(factors, p.A.shape[0] // entry.site.groups)
+    if isinstance(entry.method, Sliced):  # all that is combined lies in the same rows
+        B = entry.method.take(B)
     p.A.copy_(A.reshape(p.A.shape))
     p.B.copy_(B.reshape(p.B.shape))
     layer.put(entry, p)

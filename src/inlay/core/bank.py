@@ -14,6 +14,7 @@ from inlay.core.bare import Names, bare
 from inlay.core.entry import Entry, find_tensor
 from inlay.core.hanging import container, hang
 from inlay.core.method import Method
+from inlay.core.part import own_method
 from inlay.core.slot import Slot
 
 if TYPE_CHECKING:
@@ -245,6 +246,8 @@ def unfit(layer: AdaptedLayer, entry: Entry, rank: int) -> str | None:
     name = type(method).__name__
     if not method.additive or type(method).forward is not Method.forward or entry.shared:
         return f"prepare_for_compile is for low-rank updates, and {name} is something else"
+    if own_method(method) is not method:
+        return "it adapts a slice of the layer, and slots have the size of all of it"
     if method.skip_probability > 0.0:
         return f"{name} leaves updates out at random, which compiled code has no slot for"
     if entry.home is not None:

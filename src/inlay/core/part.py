@@ -151,9 +151,12 @@ class Sliced(Method):
         return self.method.slots(self.part(site))
 
     def prepare(self, site: Site, p: P, layer: Affine) -> Affine | None:
-        index = torch.cat([torch.arange(*ends, device=layer.weight.device) for ends in self.rows])
-        own = Affine(layer.weight[index], None if layer.bias is None else layer.bias[index])
+        own = Affine(self.take(layer.weight), None if layer.bias is None else self.take(layer.bias))
         return self.method.prepare(self.part(site), p, own)
+
+    def take(self, whole: Tensor) -> Tensor:
+        """Return the slice's rows of a tensor (out, ...)."""
+        return torch.cat([whole[start:stop] for start, stop in self.rows])
 
     def spread(self, site: Site, delta: Delta) -> Delta:
         """Return an update of the slice as one of the layer."""
@@ -171,9 +174,11 @@ class Sliced(Method):
     def update(self, site: Site, p: P) -> Delta:
         return self.spread(site, self.method.update(self.part(site), p))
 
+
+class _WithForward(Sliced):
+    """A slice for a method that has a forward pass of its own, and so no fused one."""
+
     def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
-        if type(self.method).forward is Method.forward:
-            return super().forward(site, p, x, inner)
         part: Any = _Part(self, site, inner)
         return self.method.forward(self.part(site), p, x, part)
 
@@ -220,7 +225,8 @@ def method_at(model: Any, place: Place, pattern: str, method: Method) -> Method:
     rows = rows_of(model, place.path, kind.site(place.path, place.base).out, pattern)
     held: dict[Rows, Sliced] = method.__dict__.setdefault("slices", {})  # one object for all layers alike
     if rows not in held:
-        held[rows] = Sliced(method, rows)
+        own = type(method).forward is not Method.forward
+        held[rows] = _WithForward(method, rows) if own else Sliced(method, rows)
     return held[rows]
 
 
