@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from inlay.config.types import method_name
@@ -23,7 +24,7 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]], right: frozenset[int] = frozenset()) -> list[str]:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: frozenset[int] = frozenset()) -> list[str]:
     """Lay out rows in columns; the columns named in ``right`` are flush right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     rule = tuple("-" * width for width in widths)

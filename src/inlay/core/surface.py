@@ -18,6 +18,7 @@ from inlay.core.holder import EntryHolder
 from inlay.errors import InlayWarning, MergeError, UnknownAdapterError, UnsupportedError, did_you_mean
 
 if TYPE_CHECKING:
+    from inlay.core.affine import Affine
     from inlay.core.entry import Entry
     from inlay.core.kind import Kind
     from inlay.core.method import Method, P
@@ -45,6 +46,7 @@ class LayerSurface(EntryHolder):
         def leaf_layer(self) -> nn.Module: ...
 
         def params(self, entry: Entry, whole: bool = False) -> P: ...
+        def base_affine(self, whole: bool = False) -> Affine: ...
 
     @property
     def merged_adapters(self) -> list[str]:

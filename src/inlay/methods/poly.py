@@ -89,7 +89,7 @@ class Poly(Method):
 
     def slots(self, site: Site) -> dict[str, Slot]:
         config = self.config
-        sizes = {"q": config.n_splits, "s": config.n_skills, "r": config.r}
+        sizes: dict[str, Any] = {"q": config.n_splits, "s": config.n_skills, "r": config.r}
         sizes |= {"i": site.fan_in // config.n_splits, "o": site.out // config.n_splits}
         start = zeros if config.init_weights else _skills
         return {

@@ -18,7 +18,7 @@ _FLAG = "gradient_checkpointing"
 
 def is_checkpointing(model: Any) -> bool:
     """Whether a model of transformers has gradient checkpointing switched on."""
-    library = sys.modules.get("transformers.modeling_utils")
+    library: Any = sys.modules.get("transformers.modeling_utils")
     for name in ("is_activation_checkpointing", "is_gradient_checkpointing") if library is not None else ():
         asked = getattr(type(model), name, None)
         if asked is not None:
