@@ -1,4 +1,4 @@
-"""Layers give an adapter fresh values under PEFT's names: a trained adapter changes nothing afterwards, or draws anew."""
+"""Layers give an adapter fresh values under PEFT's names: a trained adapter changes nothing then, or draws anew."""
 
 from __future__ import annotations
 
