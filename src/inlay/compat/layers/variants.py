@@ -17,11 +17,9 @@ from inlay.errors import ConfigError, InlayWarning, UnsupportedError
 
 __all__ = ["FURTHER", "Delegated", "LoraVariant", "VariantMembers", "dispatch_default", "give_variant"]
 
-# fields of LoraConfig that ask for a variant
-_FLAGS = frozenset(
-    {"use_dora", "arrow_config", "use_bdlora", "alora_invocation_tokens"}
-    | {"velora_config", "monteclora_config", "kasa_config"}
-)
+# fields of LoraConfig that ask for a variant: those that the engine carries out, and all
+_BUILT = frozenset({"use_dora", "use_bdlora", "velora_config", "monteclora_config", "kasa_config"})
+_FLAGS = _BUILT | {"arrow_config", "alora_invocation_tokens"}
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UPCAST_DTYPES = [name for name in dir(torch) if name.startswith("float8_")]
 VARIANT_KWARG_KEYS = ["alora_offsets"]
@@ -107,7 +105,8 @@ class VariantMembers:
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
         """Sorted names of config fields -> the variant class that carries them out, or None for the layer itself."""
-        return {(): None, ("use_dora",): None} if isinstance(self, AdaptedLayer) else {(): None}
+        own = sorted(_BUILT) if isinstance(self, AdaptedLayer) else []
+        return {(): None, **{(name,): None for name in own}}
 
     def resolve_lora_variant(self: Any, *, config: Any, **kwargs: Any) -> Any:
         """Return the variant that a config asks for, or None where the layer carries it out itself.
@@ -121,6 +120,8 @@ class VariantMembers:
                 raise ConfigError(f"lora_variants: expected sorted tuples as keys, found {key}")
         names = {*_FLAGS, *(name for key in known for name in key)}
         asked = tuple(sorted(name for name in names if getattr(config, name, None)))
+        if len(asked) > 1 and asked not in known and isinstance(self, AdaptedLayer) and _BUILT.issuperset(asked):
+            return None  # the engine's own combine
         if asked not in known:
             raise ConfigError(
                 f"{type(self).__name__} has no variant for {', '.join(asked)}; it has: "
