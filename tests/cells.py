@@ -287,8 +287,9 @@ REFUSED: list[tuple[str, str, str]] = [
     *(
         (m, kind, "here the layer only gets another weight")
         for m in ("*_velora", "lora_monteclora")
-        for kind in ("attention", "attention_b*", "experts*", "parameter", "embedding_bag_max")
+        for kind in ("attention", "attention_b*", "experts*", "parameter")
     ),
+    ("lora_monteclora", "embedding_bag_max", "here the layer only gets another weight"),
     *((m, "[!e]*norm*", "only gets another weight") for m in ("lora_velora", "lora_monteclora")),
     ("lora", "conv2d_depthwise", "a rank that 8 divides"),
     ("lora_*", "conv2d_depthwise", "a rank that 8 divides"),
