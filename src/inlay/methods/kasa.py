@@ -26,16 +26,12 @@ class KaSA(LoRA):
     adds_penalty = False
 
     @property
-    def identity(self) -> bool:
-        return False
-
-    @property
-    def rebases(self) -> bool:
-        return True
-
-    @property
     def base_cause(self) -> str:
         return super().base_cause if self.start.changes_base else "kasa_config"
+
+    @property
+    def identity(self) -> bool:
+        return False
 
     def refuse(self, site: Site) -> str | None:
         r, ends = self.options(site)["r"] // site.groups, (site.out // site.groups, site.fan_in)
@@ -60,6 +56,10 @@ class KaSA(LoRA):
         shortened_layer = Affine(shortened.reshape(layer.weight.shape), layer.bias)
         return super().prepare(site, p, shortened_layer) or shortened_layer
 
+    @property
+    def rebases(self) -> bool:
+        return True
+
     def made_of(self, p: P) -> tuple[Tensor, ...]:
         return *super().made_of(p), p.diag
 
@@ -68,10 +68,6 @@ class KaSA(LoRA):
         if site.groups > 1:  # their B has columns for one group only
             return A * p.diag.unsqueeze(-1), B
         return A, B * p.diag.unsqueeze(-2)
-
-    def penalty(self, layers: Sequence[tuple[Site, P]]) -> Tensor | None:
-        terms, further = self.kasa_terms(layers), super().penalty(layers)
-        return total(terms if further is None else [*terms, further])
 
     def kasa_terms(self, layers: Sequence[tuple[Site, P]]) -> list[Tensor]:
         """Return what is added to the loss for each layer."""
@@ -85,3 +81,7 @@ class KaSA(LoRA):
             far = [torch.linalg.vector_norm(gram - eye, dim=(-3, -2, -1)).sum() for gram in (A @ A.mT, B.mT @ B)]
             terms.append(options.beta * p.diag.to(A.dtype).square().sum() + options.gamma * (far[0] + far[1]))
         return terms
+
+    def penalty(self, layers: Sequence[tuple[Site, P]]) -> Tensor | None:
+        others = super().penalty(layers)
+        return total([*self.kasa_terms(layers), *([] if others is None else [others])])
