@@ -145,7 +145,7 @@ class Method(Hooks):
     @property
     def identity(self) -> bool:
         """Whether a fresh adapter leaves the output as it is."""
-        return True
+        return bool(getattr(self.config, "init_weights", True))
 
     @property
     def additive(self) -> bool:

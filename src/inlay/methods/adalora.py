@@ -85,10 +85,10 @@ class AdaLoRA(Method):
     """``alpha / init_r * B diag(E) A``; ranks of little importance lose their E, in all layers together."""
 
     config_class = AdaLoraConfig
-    prefix = "lora_"
-    dropout_field = "lora_dropout"
     mixed = True
+    prefix = "lora_"
     unread = ("r", "lora_alpha")
+    dropout_field = "lora_dropout"
     config: AdaLoraConfig
 
     @property

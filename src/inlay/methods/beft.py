@@ -34,15 +34,8 @@ class BEFT(Method):
     config_class = BeftConfig
     linear = ("bias",)
     prefix = "beft_"
+    commutes = True
     config: BeftConfig
-
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
-    @property
-    def commutes(self) -> bool:
-        return True
 
     def slots(self, site: Site) -> dict[str, Slot]:
         noise = Normal(1.0)

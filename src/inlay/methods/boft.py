@@ -79,10 +79,6 @@ class BOFT(InputRotation):
     prefix = "boft_"
     config: BOFTConfig
 
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
     def options(self, site: Site) -> dict[str, Any]:
         features, size, number = self.features(site), self.config.boft_block_size, self.config.boft_block_num
         size, number = (size, features // size) if size else (features // number, number)

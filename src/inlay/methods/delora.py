@@ -62,10 +62,6 @@ class DeLoRA(Method):
     config: DeloraConfig
 
     @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
-    @property
     def skip_probability(self) -> float:
         return 0.0  # module_dropout drops input elements here
 

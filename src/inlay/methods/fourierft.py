@@ -82,10 +82,6 @@ class FourierFT(Method):
     prefix = "fourierft_"
     config: FourierFTConfig
 
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
     def options(self, site: Site) -> dict[str, Any]:
         count = self.by_pattern("n_frequency_pattern", site, self.config.n_frequency)
         return {"fourierft_n_frequency": count, "scaling": self.config.scaling}

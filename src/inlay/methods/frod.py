@@ -108,10 +108,6 @@ class FRoD(Method):
     dropout_field = "frod_dropout"
     config: FrodConfig
 
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
     def count(self, site: Site) -> int:
         """Return how many entries off the diagonal train."""
         size = site.fan_in

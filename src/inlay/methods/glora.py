@@ -53,10 +53,6 @@ class GLoRA(ReadsBase):
     prefix = "glora_"
     config: GloraConfig
 
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
     def options(self, site: Site) -> dict[str, Any]:
         return {"r": self.config.r}
 

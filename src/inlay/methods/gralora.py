@@ -90,10 +90,6 @@ class GraLoRA(Method):
     patterned = ()
     config: GraloraConfig
 
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
     def options(self, site: Site) -> dict[str, Any]:
         config = self.config
         numbers = {name: getattr(config, name) for name in ("r", "hybrid_r", "alpha", "gralora_k")}

@@ -57,10 +57,6 @@ class HiRA(ReadsBase):
     patterned = ("rank_pattern",)
     config: HiraConfig
 
-    @property
-    def identity(self) -> bool:
-        return bool(self.config.init_weights)
-
     def options(self, site: Site) -> dict[str, Any]:
         return {"r": self.by_pattern("rank_pattern", site, self.config.r)}
 

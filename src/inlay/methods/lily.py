@@ -57,19 +57,9 @@ class Lily(Method):
     prefix = "lily_"
     mergeable = False
     couples = True
+    additive = False  # the update depends on the input
+    commutes = True
     config: LilyConfig
-
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
-    @property
-    def additive(self) -> bool:
-        return False  # the update depends on the input
-
-    @property
-    def commutes(self) -> bool:
-        return True
 
     def options(self, site: Site) -> dict[str, Any]:
         config = self.config

@@ -42,11 +42,8 @@ class LNTuning(Method):
     config_class = LNTuningConfig
     linear = ("weight", "bias")
     prefix = "ln_tuning_"
+    commutes = True
     config: LNTuningConfig
-
-    @property
-    def commutes(self) -> bool:
-        return True
 
     def slots(self, site: Site) -> dict[str, Slot]:
         # The copy starts as the base's values (prepare), zeros only stand in until then.

@@ -67,10 +67,6 @@ class LoHa(Method):
     shown = ("rank_dropout", "module_dropout")
     config: LoHaConfig
 
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
     def options(self, site: Site) -> dict[str, Any]:
         r = self.by_pattern("rank_pattern", site, self.config.r)
         alpha = self.by_pattern("alpha_pattern", site, self.config.alpha)

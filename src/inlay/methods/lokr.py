@@ -89,10 +89,6 @@ class LoKr(Method):
     patterned = ("rank_pattern", "alpha_pattern")
     config: LoKrConfig
 
-    @property
-    def identity(self) -> bool:
-        return bool(self.config.init_weights)
-
     def options(self, site: Site) -> dict[str, Any]:
         r = self.by_pattern("rank_pattern", site, self.config.r)
         alpha = self.by_pattern("alpha_pattern", site, self.config.alpha)

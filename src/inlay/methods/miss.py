@@ -63,10 +63,6 @@ class MiSS(Method):
     def variant(cls, config: Any) -> type[Method]:
         return MissBat if config.init_weights == "bat" else cls
 
-    @property
-    def identity(self) -> bool:
-        return bool(self.config.init_weights)
-
     def options(self, site: Site) -> dict[str, Any]:
         return {"miss_r": self.config.r, "miss_mini_r": self.config.mini_r}
 

@@ -108,10 +108,6 @@ class OFT(InputRotation):
     config: OFTConfig
 
     @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
-    @property
     def skip_probability(self) -> float:
         return 0.0  # module_dropout leaves out blocks here
 

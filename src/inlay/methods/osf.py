@@ -75,10 +75,6 @@ class OSF(Method):
     detaches = True  # what a projection takes from a gradient
     config: OSFConfig
 
-    @property
-    def identity(self) -> bool:
-        return bool(self.config.init_weights)
-
     def implied(self, model: nn.Module, model_type: str | None) -> dict[str, Any]:
         known = model_type is not None and default_targets("OSF", model_type) is not None
         if self.config.target_modules is None and not known:

@@ -81,10 +81,6 @@ class PEANuT(ReadsBase):
     prefix = "peanut_"
     config: PeanutConfig
 
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
     def options(self, site: Site) -> dict[str, Any]:
         config = self.config
         return {"r": config.r, "scaling": config.scaling, "depth": config.depth, "act_fn": config.act_fn}

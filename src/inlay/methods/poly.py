@@ -63,23 +63,12 @@ class Poly(Method):
     mergeable = False
     samples = True
     reads_tasks = True
+    additive = False  # the update depends on the sample
+    commutes = True
     config: PolyConfig
 
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
-    @property
-    def additive(self) -> bool:
-        return False  # the update depends on the sample
-
-    @property
-    def commutes(self) -> bool:
-        return True
-
     def options(self, site: Site) -> dict[str, Any]:
-        config = self.config
-        return {"r": config.r, "n_tasks": config.n_tasks, "n_skills": config.n_skills, "n_splits": config.n_splits}
+        return {name: getattr(self.config, name) for name in ("r", "n_tasks", "n_skills", "n_splits")}
 
     def refuse(self, site: Site) -> str | None:
         for side, size in (("inputs", site.fan_in), ("outputs", site.out)):

@@ -102,10 +102,6 @@ class PSOFT(Method):
     dropout_field = "psoft_dropout"
     config: PsoftConfig
 
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
     def options(self, site: Site) -> dict[str, Any]:
         config = self.config
         return {"r": config.r, "psoft_alpha": config.psoft_alpha, "scaling": config.psoft_alpha / config.r}

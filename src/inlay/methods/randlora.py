@@ -108,10 +108,6 @@ class RandLoRA(Method):
     dropout_field = "randlora_dropout"
     config: RandLoraConfig
 
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
     def options(self, site: Site) -> dict[str, Any]:
         return {"r": self.config.r, "scaling": self.config.randlora_alpha / self.config.r}
 

@@ -61,10 +61,6 @@ class RoAd(Method):
     prefix = "road_"
     config: RoadConfig
 
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
     def options(self, site: Site) -> dict[str, Any]:
         return {"variant": self.config.variant, "group_size": self.config.group_size}
 

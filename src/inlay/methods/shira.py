@@ -75,10 +75,6 @@ class SHiRA(Method):
     config: ShiraConfig
 
     @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
-    @property
     def needs_base(self) -> bool:
         return self.config.mask_type != "random" or self.config.mask_fn is not None
 

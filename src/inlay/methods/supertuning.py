@@ -81,10 +81,6 @@ class SuperTuning(Method):
     def linear(self) -> tuple[str, ...]:
         return ("values",) if self.config.r is None else ()
 
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
     def options(self, site: Site) -> dict[str, Any]:
         r, alpha = self.config.r, self.config.lora_alpha
         return {} if r is None or alpha is None else {"r": r, "lora_alpha": alpha, "scaling": alpha / r}

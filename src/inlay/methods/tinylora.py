@@ -91,13 +91,13 @@ class TinyLoRA(Method):
     dropout_field = "tinylora_dropout"
     config: TinyLoraConfig
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.numbers: dict[str, int] = {}
-
     @property
     def identity(self) -> bool:
         return self.config.init_weights is True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.numbers: dict[str, int] = {}
 
     def options(self, site: Site) -> dict[str, Any]:
         return {"r": min(self.config.r, site.out, site.fan_in), "u": self.config.u}

@@ -67,10 +67,6 @@ class TrainableTokens(Method):
         super().__init__(config)
         self.under = under
 
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
     def implied(self, model: nn.Module, model_type: str | None) -> dict[str, Any]:
         if self.config.target_modules is not None:
             return {}

@@ -63,10 +63,6 @@ class VeRA(Method):
         """Rows of A, one for each number that d scales."""
         return int(self.config.r)
 
-    @property
-    def identity(self) -> bool:
-        return bool(self.config.init_weights)
-
     def options(self, site: Site) -> dict[str, Any]:
         return {"r": self.config.r}
 

@@ -109,10 +109,6 @@ class WaveFT(Method):
         super().__init__(config)
         self.shares: dict[str, int] = {}
 
-    @property
-    def identity(self) -> bool:
-        return self.config.init_weights
-
     def survey(self, sites: Sequence[Site]) -> None:
         if not self.config.proportional_parameters:
             return
