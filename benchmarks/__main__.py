@@ -3,7 +3,8 @@
     python -m benchmarks all --against peft           every row; about a quarter of an hour
     python -m benchmarks all --against peft --quick   smaller models and fewer rounds; under three minutes
     python -m benchmarks injecting merging            some scripts; `python -m benchmarks.injecting` is the same for one
-    python -m benchmarks report                       docs/performance.md and its plot, from benchmarks/results
+    python -m benchmarks learning [--save]            whether each method learns; ten minutes, apart from the others
+    python -m benchmarks report                       docs/performance.md with its plot, docs/learning.md
 
 A figure is the median of several ratios of process CPU time, measured in alternation in one process with one thread.
 The floor is what any adapter library has to do; each row says what that is.
@@ -43,6 +44,10 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
 
 
 def main(given: Sequence[str]) -> int:
+    if given[:1] == ["learning"]:
+        from benchmarks import learning
+
+        return learning.main(given[1:])
     chosen = arguments(given)
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(chosen.threads)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler that counts bytes warns of what came before it

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import catalogue, plot
+from benchmarks import catalogue, learning, plot
 from benchmarks.harness import Figure, Row
 from benchmarks.table import HEADINGS, lines, number, spread
 
 DOCUMENT = catalogue.FOLDER.parent / "docs" / "performance.md"
 PLOT = DOCUMENT.with_suffix(".svg")
+LEARNING = DOCUMENT.with_name("learning.md")
 
 INTRODUCTION = """\
 # Performance
@@ -133,6 +134,9 @@ def markdown(headings: Sequence[str], entries: Iterable[Sequence[str]]) -> str:
 def write() -> None:
     DOCUMENT.write_text(performance(), encoding="utf-8")
     plot.draw(PLOT)
+    learned = catalogue.read_result(learning.NAME)
+    if learned:
+        LEARNING.write_text(learning.document(learned), encoding="utf-8")
     for name in catalogue.scripts():
         result = catalogue.read_result(name)
         for row in catalogue.rows(name):

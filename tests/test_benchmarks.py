@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import catalogue, report
+from benchmarks import catalogue, learners, learning, report
 from benchmarks.block import Block, errors, exact, gradients
 from benchmarks.harness import Figure, Row, Run, Timings, at_least, at_most
 from benchmarks.memory import allocated_bytes, kept_for_backward
 from benchmarks.table import bound, lines, number
+from inlay.core.registry import method_types
 
 SCRIPTS = catalogue.scripts()
+MEASURED = [path for path in sorted(catalogue.RESULTS.glob("*.json")) if path.stem != learning.NAME]
 UNITS = {"x", "s", "B", "rel", ""}
 
 
@@ -52,7 +54,7 @@ def test_every_script_with_rows_is_in_the_catalogue_and_no_name_is_taken_twice()
     assert sorted(set(names)) == sorted(names)
 
 
-@pytest.mark.parametrize("path", sorted(catalogue.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
 def test_results_belong_to_rows_and_name_no_host(path: Path) -> None:
     result = catalogue.read_result(path.stem)
     rows = {row.name: row for row in catalogue.rows(path.stem)}
@@ -71,6 +73,26 @@ def test_results_belong_to_rows_and_name_no_host(path: Path) -> None:
 
 def test_the_page_is_what_the_results_say() -> None:
     assert report.DOCUMENT.read_text(encoding="utf-8") == report.performance(), "run `python -m benchmarks report`"
+
+
+def test_the_page_on_learning_is_what_the_result_says() -> None:
+    result = catalogue.read_result(learning.NAME)
+    text = report.LEARNING.read_text(encoding="utf-8")
+    assert text == learning.document(result), "run `python -m benchmarks report`"
+    assert set(result["methods"]) == set(learners.METHODS)
+    assert learning.missed(result) == []
+    assert platform.node() not in text
+
+
+def test_every_method_of_the_registry_learns() -> None:
+    assert {name.partition(",")[0] for name in learners.METHODS} == set(method_types())
+
+
+@pytest.mark.parametrize("name", ["LORA", "C3A", "TRAINABLE_TOKENS"])
+def test_a_student_gets_near_its_teacher(name: str) -> None:
+    found = learning.teach(learners.METHODS[name], quick=True)
+    assert found["frozen"] > 0.01
+    assert found["trained"] < learning.LIMIT * found["frozen"]
 
 
 def test_a_missed_goal_has_a_reason() -> None:
