@@ -66,7 +66,7 @@ def shaken(model: Any, forward: Callable[[Any], Tensor], still: Tensor) -> Any:
 def teach(learner: Learner, quick: bool) -> dict[str, float]:
     """Return the loss of the frozen layer and of the trained student, and how many numbers the student trained."""
     torch.manual_seed(0)
-    layer = LAYERS[learner.layer]()
+    layer: Any = LAYERS[learner.layer]()
     if learner.layer == "norm":
         nn.init.normal_(layer.weight, 1.0, 0.3)
 
