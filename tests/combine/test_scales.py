@@ -15,9 +15,47 @@ from inlay.models.temporary import rescale_adapter_scale
 LINEAR = [name for name in METHODS if works(name, "linear") and not method_of(name).couples]
 # those without a scale, so that none loses its scale in silence
 BARE = set(
-    "ia3 ia3_input oft oft_cayley oft_shared pvera boft boft_butterfly hra hra_joint road road_2 road_4 hira deft deft_qr "
-    "deft_para glora glora_vector glora_constant beft c3a c3a_zero miss miss_mini miss_bat delora vblora unilora tinylora "
-    "tinylora_apart vera ln_tuning supertuning osf poly frod adamss trainable_tokens".split()
+    [
+        "ia3",
+        "ia3_input",
+        "oft",
+        "oft_cayley",
+        "oft_shared",
+        "pvera",
+        "boft",
+        "boft_butterfly",
+        "hra",
+        "hra_joint",
+        "road",
+        "road_2",
+        "road_4",
+        "hira",
+        "deft",
+        "deft_qr",
+        "deft_para",
+        "glora",
+        "glora_vector",
+        "glora_constant",
+        "beft",
+        "c3a",
+        "c3a_zero",
+        "miss",
+        "miss_mini",
+        "miss_bat",
+        "delora",
+        "vblora",
+        "unilora",
+        "tinylora",
+        "tinylora_apart",
+        "vera",
+        "ln_tuning",
+        "supertuning",
+        "osf",
+        "poly",
+        "frod",
+        "adamss",
+        "trainable_tokens",
+    ]
 )
 
 
