@@ -98,9 +98,7 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "lora_loftq": lambda target: LoraConfig(
         r=4, lora_alpha=6, init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_iter=2), **target
     ),
-    "lora_eva": lambda target: LoraConfig(
-        r=4, lora_alpha=6, init_lora_weights="eva", eva_config=EvaConfig(), **target
-    ),
+    "lora_eva": lambda target: LoraConfig(r=4, lora_alpha=6, init_lora_weights="eva", eva_config=EvaConfig(), **target),
     "lora_bias": lambda target: LoraConfig(r=4, lora_alpha=6, lora_bias=True, **target),
     "lora_base_bias": lambda target: LoraConfig(r=4, lora_alpha=6, bias="all", **target),
     "dora": lambda target: LoraConfig(r=4, lora_alpha=6, use_dora=True, **target),
@@ -151,9 +149,7 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "deft_qr": lambda target: DeftConfig(r=3, decomposition_method="qr", **target),
     "deft_para": lambda target: DeftConfig(r=3, para=True, decomposition_method="qr", **target),
     "glora": lambda target: GloraConfig(r=4, **target),
-    "glora_vector": lambda target: GloraConfig(
-        config_A_B="vector", config_C="vector", config_D_E="vector", **target
-    ),
+    "glora_vector": lambda target: GloraConfig(config_A_B="vector", config_C="vector", config_D_E="vector", **target),
     "glora_constant": lambda target: GloraConfig(config_A_B="constant", config_C="none", **target),
     "psoft": lambda target: PsoftConfig(r=4, psoft_alpha=6, **target),
     "psoft_free": lambda target: PsoftConfig(
@@ -180,7 +176,7 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "shira_masked": lambda target: masked(ShiraConfig(r=1, mask_type="largest", **target)),
     "delora": lambda target: DeloraConfig(r=5, delora_lambda=3, **target),
     "vblora": lambda target: VBLoRAConfig(r=3, num_vectors=6, vector_length=4, init_logits_std=1.0, **target),
-    "unilora": lambda target: UniLoraConfig(r=3, theta_d_length=11, init_theta_d_bound=0.5, **target),
+    "unilora": lambda target: UniLoraConfig(r=3, theta_d_length=300, init_theta_d_bound=0.5, **target),
     "tinylora": lambda target: TinyLoraConfig(u=5, weight_tying=0.5, **target),
     "tinylora_apart": lambda target: TinyLoraConfig(r=3, u=4, init_weights="uniform", init_v_bound=0.5, **target),
     "vera": lambda target: VeraConfig(r=5, d_initial=0.7, **target),
@@ -313,19 +309,13 @@ REFUSED: list[tuple[str, str, str]] = [
     ("trainable_tokens", "conv?d", "rows of an embedding or of an output head"),
     ("trainable_tokens", "convtranspose*", "rows of an embedding or of an output head"),
     ("trainable_tokens", "[!e]*norm*", "rows of an embedding or of an output head"),
-    ("vblora", "experts*", "target_parameters"),
-    ("vblora", "parameter", "target_parameters"),
     ("vblora", "conv2d_depthwise", "does not divide its 9 inputs"),
     ("vblora", "conv*_grouped", "inputs"),
     ("vblora", "embedding", "does not divide its 11 inputs"),
     ("vblora", "embedding_[mp]*", "does not divide its 11 inputs"),
     ("vblora", "[!e]*norm*", "does not divide its 1 inputs"),
-    ("unilora", "experts*", "target_parameters"),
-    ("unilora", "parameter", "target_parameters"),
-    ("tinylora*", "experts*", "target_parameters"),
-    ("tinylora*", "parameter", "target_parameters"),
     ("pvera", "[!e]*norm*", "draws noise in a forward pass"),
-    ("pvera", "attention*", "draws noise in a forward pass"),
+    *(("pvera", kind, "draws noise in a forward pass") for kind in ("attention", "attention_batch_first")),
     ("osf", "[!e]*norm*", "no singular direction to keep"),
     ("boft*", "conv*_grouped", "reaches across the groups"),
     ("boft*", "conv2d_depthwise", "reaches across the groups"),

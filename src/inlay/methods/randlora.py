@@ -137,16 +137,17 @@ class RandLoRA(Method):
         return {
             "inner": site.slot(
                 "randlora_lambda.*",
-                "r bases",
+                "*experts r bases",
                 zeros if start else Normal(1.0),
                 options={"discarded": Normal(1.0)} if start else None,
                 **sizes,
             ),
-            "outer": site.slot("randlora_gamma.*", "bases small", even, **sizes),
+            "outer": site.slot("randlora_gamma.*", "*experts bases small", even, **sizes),
         }
 
     def delta(self, site: Site, p: P) -> LowRank:
         small, large = sorted((site.out, site.fan_in))
-        narrow = (p.inner.unsqueeze(-1) * p.A[..., :small] * p.outer).flatten(0, 1)
-        wide = p.B[:large, : p.outer.shape[0]].flatten(1)  # pairs rank and basis in another order, as PEFT does
+        narrow = (p.inner.unsqueeze(-1) * p.A[..., :small] * p.outer.unsqueeze(-3)).flatten(-3, -2)
+        wide = p.B[:large, : p.outer.shape[-2]].flatten(1)  # pairs rank and basis in another order, as PEFT does
+        wide = wide.expand(*site.experts, *wide.shape)
         return LowRank(wide, narrow) if small == site.fan_in else LowRank(narrow.mT, wide.mT)

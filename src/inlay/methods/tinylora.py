@@ -126,17 +126,18 @@ class TinyLoRA(Method):
         matrices = Numbered(self.numbers, site.name, self.config.projection_seed, r**-0.5)
         kept = {**frozen, "saved": self.config.save_projection}
         return {
-            "A": site.slot("tinylora_A.*", right, options=frozen, r=r),
-            "B": site.slot("tinylora_B.*", left, options=frozen, r=r),
+            "A": site.slot("tinylora_A.*", f"*experts {right}", options=frozen, r=r),
+            "B": site.slot("tinylora_B.*", f"*experts {left}", options=frozen, r=r),
             "P": site.slot("tinylora_P.*", "u r r", matrices, options=kept, r=r, u=u),
         }
 
     def prepare(self, site: Site, p: P, layer: Affine) -> None:
         weight = layer.weight.mT if site.lookup else layer.weight
         U, S, V = torch.linalg.svd(weight, full_matrices=False)
-        r, root = p.A.shape[0], S.sqrt()
-        p.B.copy_(U[:, :r] * root[:r])
-        p.A.copy_(root[:r].unsqueeze(1) * V[:r])
+        r = p.A.shape[-2]
+        root = S[..., :r].sqrt()
+        p.B.copy_(U[..., :r] * root.unsqueeze(-2))
+        p.A.copy_(root.unsqueeze(-1) * V[..., :r, :])
 
     def delta(self, site: Site, p: P) -> LowRank:
         R = torch.einsum("u,ukl->kl", p.v, p.P)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class Assignment:
         self.starts, self.total, self._drawn = {}, 0, None
         for site in sites:
             self.starts[site.name] = self.total
-            self.total += r * (site.fan_in + site.out)
+            self.total += r * (site.fan_in + site.out) * math.prod(site.experts)
 
     def draw(self) -> Tensor:
         """Return the element for each place, as PEFT draws it, with NumPy."""
@@ -138,13 +139,14 @@ class UniLoRA(Method):
 
     def slots(self, site: Site) -> dict[str, Slot]:
         fixed: dict[str, Any] = {"buffer": True, "trainable": False, "saved": self.config.save_indices}
+        before_B = self.config.r * site.fan_in * math.prod(site.experts)
         slots = {}
         for scales, kind in ((False, "indices"), (True, "scales")):
             options = fixed if scales else {**fixed, "dtype": torch.int64}
-            for factor, dims, skip in (("A", "r fan_in", 0), ("B", "out r", self.config.r * site.fan_in)):
+            for factor, dims, skip in (("A", "r fan_in", 0), ("B", "out r", before_B)):
                 init = Assigned(self.assignment, site.name, skip, scales)
                 slots[f"{kind}_{factor}"] = site.slot(
-                    f"unilora_{kind}_{factor}.*", dims, init, options=options, r=self.config.r
+                    f"unilora_{kind}_{factor}.*", f"*experts {dims}", init, options=options, r=self.config.r
                 )
         return slots
 

@@ -103,15 +103,15 @@ class VBLoRA(Method):
             "up": site.out // length,
         }
         return {
-            "logits_A": site.slot("vblora_logits_A.*", "r down n", start, **sizes),
-            "logits_B": site.slot("vblora_logits_B.*", "up r n", start, **sizes),
+            "logits_A": site.slot("vblora_logits_A.*", "*experts r down n", start, **sizes),
+            "logits_B": site.slot("vblora_logits_B.*", "*experts up r n", start, **sizes),
         }
 
     def delta(self, site: Site, p: P) -> LowRank:
         if p.training and self.config.save_only_topk_weights and torch.is_grad_enabled():
             self.refuse_training(site, p.logits_A)
         A, B = self.pieces(p, p.logits_A), self.pieces(p, p.logits_B)
-        return LowRank(B.mT.flatten(0, 1), A.flatten(1))
+        return LowRank(B.mT.flatten(-3, -2), A.flatten(-2))
 
     @staticmethod
     def pieces(p: P, logits: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class VBLoRA(Method):
 
     @staticmethod
     def refuse_training(site: Site, logits: Tensor) -> None:
-        if not torch.compiler.is_compiling() and bool(logits[0, 0].isinf().any()):
+        if not torch.compiler.is_compiling() and bool(logits.isinf().any()):
             raise StateError(
                 f"{site.name!r}: its logits were loaded from a file with save_only_topk_weights, which lacks those of "
                 "the vectors that are not mixed, so training cannot go on; save with save_only_topk_weights=False"
