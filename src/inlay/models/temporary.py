@@ -45,7 +45,9 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
                 undo.append(partial(scales.__setitem__, name, before))
                 scales[name] = before * multiplier
         if not found:
-            raise TargetError(f"this {type(model).__name__} has no adapter, of LoRA or another method, whose scale could be changed")
+            raise TargetError(
+                f"this {type(model).__name__} has no adapter, of LoRA or another method, whose scale could be changed"
+            )
         yield
     finally:
         for step in undo:
