@@ -176,7 +176,7 @@ METHODS: dict[str, Callable[[Target], Any]] = {
     "shira_masked": lambda target: masked(ShiraConfig(r=1, mask_type="largest", **target)),
     "delora": lambda target: DeloraConfig(r=5, delora_lambda=3, **target),
     "vblora": lambda target: VBLoRAConfig(r=3, num_vectors=6, vector_length=4, init_logits_std=1.0, **target),
-    "unilora": lambda target: UniLoraConfig(r=3, theta_d_length=300, init_theta_d_bound=0.5, **target),
+    "unilora": lambda target: UniLoraConfig(r=3, theta_d_length=40, init_theta_d_bound=0.5, **target),
     "tinylora": lambda target: TinyLoraConfig(u=5, weight_tying=0.5, **target),
     "tinylora_apart": lambda target: TinyLoraConfig(r=3, u=4, init_weights="uniform", init_v_bound=0.5, **target),
     "vera": lambda target: VeraConfig(r=5, d_initial=0.7, **target),

@@ -6,6 +6,7 @@ import full_size
 import pytest
 import tiny_models
 import torch
+from cells import METHODS, family
 from torch import nn
 
 import inlay
@@ -162,7 +163,12 @@ def test_prompt_methods_are_refused_everything_else_is_injected():
         inlay.LNTuningConfig(),
         inlay.TrainableTokensConfig(token_indices=[1, 2], target_modules=["wte"]),
     ]
-    assert {config.peft_type.value for config in configs} == set(BUILTIN_METHODS)  # others may have brought more
+    usual = {config.peft_type.value for config in configs}
+    for name, make in METHODS.items():  # the others as the cells have them
+        if family(name) not in (*usual, "DORA"):
+            configs.append(make({"target_modules": ["c_attn"]}))
+            usual.add(family(name))
+    assert usual == set(BUILTIN_METHODS)  # others may have brought more
     for config in configs:
         base = tiny_models.gpt2()
         assert inlay.inject_adapter_in_model(config, base) is base
