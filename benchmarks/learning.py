@@ -162,7 +162,7 @@ def part(side: tuple[dict[str, Tensor], Tensor], start: int, samples: int) -> tu
 def classify(text: Text, learner: Learner | None, quick: bool) -> dict[str, float]:
     """Train a head, with an adapter or without, and return loss and share told right on held-out texts."""
     encoder = copy.deepcopy(text.encoder).requires_grad_(False)
-    call: Callable[[int], dict[str, Any]] = lambda samples: {}  # noqa: E731
+    call: Callable[[int], dict[str, Any]] = lambda samples: {}  # noqa: E731  a default, typed
     torch.manual_seed(11)
     if learner is not None:
         more = dict(learner.encoder)

@@ -49,7 +49,7 @@ def over_original(
             f"path_initial_model_for_weight_conversion: {adapter!r} has kasa_config, and the singular directions that "
             "it took out of the weights are not among its tensors; inlay.convert_to_lora counts them"
         )
-    start = tree.state.record(adapter).method.start  # type: ignore[attr-defined]
+    start = tree.state.record(adapter).method.start  # type: ignore[attr-defined]  # a LoRA
     if not start.changes_base and config.init_lora_weights is not True:
         warnings.warn(
             f"path_initial_model_for_weight_conversion: {adapter!r} starts with {config.init_lora_weights!r}, which "

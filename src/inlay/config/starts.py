@@ -92,7 +92,7 @@ def check_start(config: Any) -> None:
     owner = type(config).__name__
     start = start_of(config.init_lora_weights, owner)
     if dataclasses.is_dataclass(config.loftq_config):
-        config.loftq_config = dataclasses.asdict(config.loftq_config)  # type: ignore[arg-type]
+        config.loftq_config = dataclasses.asdict(config.loftq_config)  # type: ignore[arg-type]  # an instance
     if start.name == "loftq":
         if not config.loftq_config:
             raise ConfigError(

@@ -118,6 +118,11 @@ class Site:
         return self.channels * math.prod(self.kernel)
 
     @property
+    def plain(self) -> bool:
+        """Whether features are mapped to features by one matrix, as in a linear layer."""
+        return not (self.kernel or self.lookup or self.elementwise or self.experts)
+
+    @property
     def all_channels(self) -> int:
         """Input channels over all groups."""
         return self.channels * self.groups

@@ -112,7 +112,7 @@ class ChainHolder(LayerSurface):
         """Resolve the short way without gradient for the state as it is."""
         from inlay.core.ready import ready_for
 
-        found = self.__dict__["_ready"] = ready_for(self, self._resolve())  # type: ignore[arg-type]
+        found = self.__dict__["_ready"] = ready_for(self, self._resolve())  # type: ignore[arg-type]  # its subclass
         return found
 
     def why_not_fused(self, chain: tuple[Entry, ...]) -> str | None:

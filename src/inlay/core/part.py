@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from inlay.core.affine import Affine, Delta, Dense, LowRank, Site
+from inlay.core.around import Around
 from inlay.core.fused_layouts import Rows, bare_name, rows_of, split_name
 from inlay.core.kind import kind_of
 from inlay.core.method import Method, P
@@ -86,7 +87,7 @@ class RowsOf(Structured):
         return spread_rows(self.rows, self.out, self.part.dense())
 
 
-class Sliced(Method):
+class Sliced(Around):
     """A method on some output rows of a layer.
 
     Args:
@@ -95,12 +96,8 @@ class Sliced(Method):
     """
 
     def __init__(self, method: Method, rows: Rows) -> None:
-        super().__init__(method.config)
-        self.method = method
+        super().__init__(method, ("shown", "samples"))
         self.rows = rows
-        self.prefix_patterns = method.prefix_patterns
-        for name in ("config_class", "prefix", "dropout_field", "mergeable", "mixed", "unread", "shown", "samples"):
-            setattr(self, name, getattr(method, name))
 
     def part(self, site: Site) -> Site:
         """Return the slice as a site of its own."""
@@ -110,25 +107,13 @@ class Sliced(Method):
         return self.method.alike(self.part(site))
 
     @property
-    def identity(self) -> bool:
-        return self.method.identity
-
-    @property
-    def commutes(self) -> bool:
-        return self.method.commutes
-
-    @property
-    def skip_probability(self) -> float:
-        return self.method.skip_probability
-
-    @property
     def needs_base(self) -> bool:
         return self.method.needs_base
 
     def refuse(self, site: Site) -> str | None:
         method = self.method
         name = type(method).__name__
-        if site.kernel or site.lookup or site.elementwise or site.experts or self.part(site).out == site.out:
+        if not site.plain or self.part(site).out == site.out:
             return "a slice is a part of a linear layer's output features, which this is not"
         if not method.additive or not method.mergeable:
             return f"a slice takes a method that adds to the weight, and {name} does more than that"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from inlay.core.affine import Affine, Delta, Dense, LowRank, Site
+from inlay.core.around import Around
 from inlay.core.kind import kind_of
 from inlay.core.method import Method, P
 from inlay.core.slot import Slot
@@ -93,7 +94,7 @@ def warn_untied(made: Plan, group: Group, consequence: str) -> None:
     warnings.warn(message, InlayWarning, stacklevel=6)
 
 
-class Tied(Method):
+class Tied(Around):
     """The adapter of an embedding, as a layer that shares the embedding's weight has it.
 
     Args:
@@ -102,28 +103,12 @@ class Tied(Method):
     """
 
     def __init__(self, method: Method, source: Site) -> None:
-        super().__init__(method.config)
-        self.method = method
+        super().__init__(method)
         self.source = source
-        self.prefix_patterns = method.prefix_patterns
-        for name in ("config_class", "prefix", "dropout_field", "mergeable", "mixed", "unread"):
-            setattr(self, name, getattr(method, name))
-
-    @property
-    def identity(self) -> bool:
-        return self.method.identity
 
     @property
     def additive(self) -> bool:
         return self.method.additive
-
-    @property
-    def commutes(self) -> bool:
-        return self.method.commutes
-
-    @property
-    def skip_probability(self) -> float:
-        return self.method.skip_probability
 
     def slots(self, site: Site) -> dict[str, Slot]:
         """Return what the method would have here: the names that PEFT's checkpoints also hold."""

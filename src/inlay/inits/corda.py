@@ -122,7 +122,7 @@ def _note(spot: Spot, eigens: CordaEigens) -> None:
 def _shown(places: list[Spot], verbose: bool) -> Iterable[Spot]:
     if not verbose:
         return places
-    from inlay.models.progress import shown
+    from inlay.core.progress import shown
 
     return shown(places, "decomposing")
 

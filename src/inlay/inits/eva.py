@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -123,7 +123,8 @@ def watch(
     """
     ranks = {name: one.most for name, one in watched.items()}
     own = [name for name, one in watched.items() if one.like is None]
-    count, since = sum(1 for _ in batches) if not hasattr(batches, "__len__") else len(batches), 0  # type: ignore[arg-type]
+    since = 0
+    count = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
     done: dict[str, bool] = dict.fromkeys(own, False)
     for batch in cycle(batches):
         for name in own:

@@ -23,7 +23,7 @@ class ConvTranspose(Kind):
     takes_arguments = True
 
     def __init__(self, spatial: int) -> None:
-        self.name = f"conv_transpose{spatial}d"  # type: ignore[misc]
+        self.name = f"conv_transpose{spatial}d"  # type: ignore[misc]  # one for each dimension
         self._cls: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[spatial - 1]
 
     def claims(self, module: Any) -> bool:

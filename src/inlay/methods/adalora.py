@@ -45,7 +45,7 @@ class AdaLoraConfig(LoraConfig):
         default=0.5, doc="Weight of the distance of A and B from orthogonal matrices in the loss.", ge=0.0
     )
     total_step: int | None = setting(default=None, doc="Steps of the whole training; has to be given.", gt=0)
-    rank_pattern: dict[str, list[bool]] | None = setting(  # type: ignore[assignment]
+    rank_pattern: dict[str, list[bool]] | None = setting(  # type: ignore[assignment]  # masks, not ranks
         default=None, doc="Which ranks of each layer are left; training writes it."
     )
 

@@ -78,7 +78,7 @@ class GLoRA(ReadsBase):
                 found[part] = self.slot(site, f"{part}.*.X", dims, KaimingUniform(fan=fan))
             elif form == "constant":
                 found[part] = self.slot(site, f"{part}.*.X", "*experts 1 1" if site.experts else "1", Normal(0.02))
-            elif site.kind == "linear":  # PEFT has zeros for what is not there, and its checkpoints hold them
+            elif site.plain:  # PEFT has zeros for what is not there, and its checkpoints hold them
                 nothing = {"buffer": True, "trainable": False}
                 dims = "out" if part in "DE" else f"{rows} {columns}"
                 found[f"{part}0"] = site.slot(f"glora_{part}.*.zeros", dims, options=nothing)

@@ -23,11 +23,11 @@ from inlay.config import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Pe
 from inlay.core.fused_layouts import bare_name
 from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
+from inlay.core.progress import shown
 from inlay.core.rebase import base_change
 from inlay.core.state import find_state
 from inlay.errors import CheckpointError, ConfigError, ConfigTypeError, ConversionError, InlayWarning
 from inlay.methods.lora import LoraConfig
-from inlay.models.progress import shown
 
 __all__ = ["convert_to_lora", "save_as_lora"]
 

@@ -104,7 +104,7 @@ def get_eva_state_dict(
     if config is None:
         if not wrapped:
             raise ConfigError("peft_config is required for a model that is no PeftModel")
-        config = model.peft_config[adapter_name]  # type: ignore[index]
+        config = model.peft_config[adapter_name]  # type: ignore[index]  # a wrapper or a bare model has it
     if isinstance(dataloader, Sized) and len(dataloader) == 0:
         raise ConfigError("dataloader is empty")
     options = config.eva_config or EvaConfig()
@@ -251,7 +251,7 @@ def _moved(batch: Any, device: torch.device | None) -> Any:
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return type(batch)({key: _moved(value, device) for key, value in batch.items()})  # type: ignore[call-arg]
+        return type(batch)({key: _moved(value, device) for key, value in batch.items()})  # type: ignore[call-arg]  # as BatchEncoding
     return type(batch)(_moved(value, device) for value in batch) if isinstance(batch, (tuple, list)) else batch
 
 

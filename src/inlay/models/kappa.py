@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core import storage
+from inlay.core.progress import shown
 from inlay.core.targets import base_parameters, places
-from inlay.models.progress import shown
 
 __all__ = ["KappaTuneSelector", "find_kappa_target_modules"]
 

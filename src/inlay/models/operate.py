@@ -16,10 +16,10 @@ from inlay.core.inject import inject
 from inlay.core.merge import merge, unmerge
 from inlay.core.plan import Plan, plan
 from inlay.core.policy import Policy
+from inlay.core.progress import shown
 from inlay.core.state import State
 from inlay.core.targets import places
 from inlay.errors import ConfigTypeError, InlayWarning, NoTargetError, UnsupportedError
-from inlay.models.progress import shown
 from inlay.models.root import mark, unmark
 
 __all__ = ["activate", "add", "apply", "listed", "merge_into", "remove", "set_enabled", "take_out", "unmerge_all"]
