@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from inlay.core.affine import LowRank
 from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
 from inlay.core.merge_bound import known_finite, note_finite, proved_finite
@@ -85,28 +86,28 @@ def merge_layers(
     if keep not in _KEEPS:
         raise ConfigError(f"keep: expected 'copy', 'packed' or 'none', found {keep!r}.{did_you_mean(keep, _KEEPS)}")
     settle()
-    work: list[tuple[AdaptedLayer, tuple[Entry, ...]]] = []
+    work: list[_Work] = []
     for layer in layers:
         wanted = [name for name in names if name in layer.entries and name not in layer._merged]
         chain = tuple(entry for name in wanted for entry in layer.entries[name])
         if chain:
             check_mergeable(layer, wanted, chain)
             check_order(layer, wanted, keep)
-            work.append((layer, chain))
-    check_shared(work)
-    proved = {id(layer): _proved(layer, chain) for layer, chain in work}
+            work.append(_Work(layer, chain))
+    check_shared([(item.layer, item.chain) for item in work])
+    for item in work:
+        item.prove()
     if keep == "none":  # nothing will be there to go back to, so every layer is judged before the first is written
-        for layer, chain in work:
-            if not proved[id(layer)]:
-                merged_finite(layer, chain)
+        for item in work:
+            if not item.proved:
+                merged_finite(item.layer, item.chain)
     steps: list[_Step] = []
     tied: dict[int, AdaptedLayer] = {}
     try:
-        for layer, chain in work if progress is None else progress(work):
-            weight = getattr(layer.leaf_layer, layer.kind.weight_name)
+        for item in work if progress is None else progress(work):
             # layers that share a weight share the update too, and the first has written it
-            partner = tied.setdefault(id(weight), layer)
-            steps.append(_step(layer, chain, keep, proved[id(layer)], None if partner is layer else partner))
+            partner = tied.setdefault(id(item.weight), item.layer)
+            steps.append(_step(item, keep, None if partner is item.layer else partner))
             steps[-1].carry_out()
     except BaseException as error:
         if keep != "none":
@@ -118,7 +119,41 @@ def merge_layers(
     for step in steps:
         if isinstance(step.writer, Packing):
             step.writer.seal()
-    return [name for name in names if any(entry.name == name for _, chain in work for entry in chain)]
+    return [name for name in names if any(entry.name == name for item in work for entry in item.chain)]
+
+
+@dataclass
+class _Work:
+    """What is to be merged into one layer.
+
+    Attributes:
+        proved: whether bounds alone prove that the merged weight is finite.
+        matrix: the weight in its own memory, and
+        updates: what is added there, where that can be done.
+    """
+
+    layer: AdaptedLayer
+    chain: tuple[Entry, ...]
+    proved: bool = False
+    matrix: Tensor | None = None
+    updates: Sequence[LowRank] = ()
+
+    @property
+    def weight(self) -> Any:
+        """The stored weight."""
+        return getattr(self.layer.leaf_layer, self.layer.kind.weight_name)
+
+    def prove(self) -> None:
+        """Find out how the update can be written, and whether bounds tell that the result is finite."""
+        updates = low_rank_updates(self.layer, self.chain)
+        if updates is None:
+            return
+        self.matrix = matrix_in_place(self.layer)
+        if self.matrix is None:  # a storage's or several processes': the factors are not held until it is written
+            self.proved = proved_finite(self.layer.present_affine(whole=True).weight, updates)
+            return
+        self.updates = updates
+        self.proved = proved_finite(self.weight, updates)
 
 
 @dataclass
@@ -150,17 +185,16 @@ class _Step:
         self.layer.write(*self.before)
 
 
-def _step(
-    layer: AdaptedLayer, chain: tuple[Entry, ...], keep: str, proved: bool, partner: AdaptedLayer | None
-) -> _Step:
+def _step(item: _Work, keep: str, partner: AdaptedLayer | None) -> _Step:
     """Prepare one layer's merge; ``partner`` has written the weight already."""
+    layer, chain = item.layer, item.chain
     leaf, weight = layer.leaf_layer, layer.kind.weight_name
     writer: InPlace | Packing | None = None
     new: dict[str, Tensor] = {}
     if partner is None:
-        writer = _in_place(layer, chain, keep == "packed" and not layer._merged) if proved else None
+        writer = _in_place(item, keep == "packed" and not layer._merged) if item.proved else None
         if writer is None:
-            new = layer.merged_tensors(chain) if proved else merged_finite(layer, chain)
+            new = layer.merged_tensors(chain) if item.proved else merged_finite(layer, chain)
     written = [weight] if writer is not None else list(new)
     kept: Any = {}
     before: dict[str, Tensor] = {}
@@ -177,15 +211,13 @@ def _step(
     return _Step(layer, writer, (new, merged, kept), (before, layer._merged, layer._kept))
 
 
-def _in_place(layer: AdaptedLayer, chain: tuple[Entry, ...], packed: bool) -> InPlace | Packing | None:
-    matrix = matrix_in_place(layer)
-    updates = None if matrix is None else low_rank_updates(layer, chain)
-    if matrix is None or updates is None:
+def _in_place(item: _Work, packed: bool) -> InPlace | Packing | None:
+    if item.matrix is None:
         return None
-    return Packing(matrix, updates) if packed and can_pack(matrix) else InPlace(matrix, updates)
+    return (Packing if packed and can_pack(item.matrix) else InPlace)(item.matrix, item.updates)
 
 
-def _finish(steps: list[_Step], work: list[tuple[AdaptedLayer, tuple[Entry, ...]]], error: BaseException) -> None:
+def _finish(steps: list[_Step], work: list[_Work], error: BaseException) -> None:
     """Complete the layer that was being written, as there is nothing to go back to; its books then say what is so."""
     layer = steps[-1].layer
     try:
@@ -195,11 +227,12 @@ def _finish(steps: list[_Step], work: list[tuple[AdaptedLayer, tuple[Entry, ...]
             f"{layer.site.name!r}: writing the merged weight failed half-way ({again}), and with keep='none' nothing "
             "was kept to go back to; load the base weights again"
         ) from error
-    held = {id(getattr(step.layer.leaf_layer, step.layer.kind.weight_name)): step.layer for step in steps}
-    for other, chain in work[len(steps) :]:
-        partner = held.get(id(getattr(other.leaf_layer, other.kind.weight_name)))
+    held = {id(item.weight): item.layer for item in work[: len(steps)]}
+    for item in work[len(steps) :]:
+        partner = held.get(id(item.weight))
         if partner is not None:
-            _step(other, chain, "none", True, partner).carry_out()
+            item.proved = True
+            _step(item, "none", partner).carry_out()
 
 
 def unmerge(state: State) -> bool:
@@ -237,12 +270,3 @@ def _copy(tensor: Tensor) -> Tensor:
         note_finite(copy)
     return copy
 
-
-def _proved(layer: AdaptedLayer, chain: tuple[Entry, ...]) -> bool:
-    """Whether bounds alone prove that the merged weight is finite."""
-    updates = low_rank_updates(layer, chain)
-    if updates is None:
-        return False
-    if matrix_in_place(layer) is None:
-        return proved_finite(layer.present_affine(whole=True).weight, updates)
-    return proved_finite(getattr(layer.leaf_layer, layer.kind.weight_name), updates)
