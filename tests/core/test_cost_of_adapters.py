@@ -168,6 +168,33 @@ def test_a_light_module_has_its_tables_once_they_are_asked_for() -> None:
     assert issubclass(AdaptedLayer, Light)
 
 
+def test_what_stands_for_no_dropout_is_there_once_it_is_asked_for() -> None:
+    tower = Tower(1)
+    for name, p in (("none", 0.0), ("other", 0.0)):
+        inlay.inject(inlay.plan(tower, inlay.LoraConfig(r=2, target_modules=["q"], lora_dropout=p), name))
+    layer: Any = tower.blocks[0].q
+    assert "lora_dropout" not in dict(layer.named_children())
+    assert list(layer.lora_dropout) == ["none", "other"]
+    assert "lora_dropout" in dict(layer.named_children())
+    assert layer.lora_dropout is layer.lora_dropout
+    x = torch.randn(3, layer.in_features)
+    with torch.no_grad():
+        layer.lora_B["none"].weight.normal_()
+        still = layer(x)
+    layer.lora_dropout["none"] = nn.Dropout(1.0)
+    assert torch.equal(tower.train().blocks[0].q(x), layer.base_layer(x))
+    assert torch.equal(tower.eval().blocks[0].q(x), still)
+
+    fresh = Tower(1)
+    for name, p in (("none", 0.0), ("some", 0.5), ("more", 0.0)):
+        inlay.inject(inlay.plan(fresh, inlay.LoraConfig(r=2, target_modules=["q"], lora_dropout=p), name))
+    held = fresh.blocks[0].q.lora_dropout
+    assert [type(held[name]) for name in ("none", "more")] == [type(layer.lora_dropout["other"])] * 2
+    assert held["some"].p == 0.5
+    with pytest.raises(AttributeError):
+        fresh.blocks[0].q.vera_dropout  # noqa: B018
+
+
 def test_hooks_on_the_modules_of_an_adapter_are_called() -> None:
     tower = Tower(1)
     layer: Any = tower.blocks[0].q

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from inlay.core.bare import Names, bare
+from inlay.core.bare import Names, NoDropout, bare
 from inlay.core.entry import AdapterTensors
 from inlay.core.slot import Slot
 from inlay.core.state import State
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from inlay.core.holder import EntryHolder
     from inlay.core.plan import Placement
 
-__all__ = ["container", "dismount", "drop_shared", "forget_unused", "hang", "hang_all"]
+__all__ = ["container", "dismount", "drop_shared", "forget_unused", "hang", "hang_all", "hang_dropout", "hung_dropouts"]
 
 
 def hang(
@@ -82,6 +82,32 @@ def hang_all(
         module._parameters[leaf] = _parameter(tensors[role], trainable and slot.trainable)
 
 
+def hang_dropout(layer: EntryHolder, field: str, adapter: str, p: float) -> None:
+    """Give an adapter its dropout below a layer; one of chance 0 is made when somebody asks for it.
+
+    Most adapters have none, and what stands for it is a third of their modules.
+    """
+    if p > 0.0:
+        hung_dropouts(layer, field)._modules[adapter] = nn.Dropout(p)
+    elif field in layer._modules:
+        container(layer, (field,), Names)._modules[adapter] = _no_dropout(layer)
+
+
+def hung_dropouts(layer: EntryHolder, field: str) -> nn.Module:
+    """Return the dropouts of a layer's adapters by name, making those that there are none of so far."""
+    holder = container(layer, (field,), Names)
+    for name, entries in layer.__dict__["entries"].items():
+        if name not in holder._modules and any(entry.method.dropout_field == field for entry in entries):
+            holder._modules[name] = _no_dropout(layer)
+    return holder
+
+
+def _no_dropout(layer: nn.Module) -> nn.Module:
+    made = bare(NoDropout)
+    made.__dict__["training"] = layer.training
+    return made
+
+
 def _borrow(layer: nn.Module, adapter: str, containers: tuple[str, ...], lender: Placement) -> None:
     """Let a layer have the very module that holds a tensor of another layer."""
     from inlay.core.initial import standing
@@ -139,8 +165,13 @@ def dismount(layer: EntryHolder, adapter: str) -> None:
             else:
                 _drop(layer, path, adapter)
         field = entry.method.dropout_field
-        if field is not None:
-            _drop_module(below, field, adapter)
+        holder: Any = None if field is None else below.get(field)
+        if holder is not None:
+            held = holder._modules
+            held.pop(adapter, None)
+            made = bool(getattr(entry.method.config, field))  # its coming made those that stand for nothing
+            if not held or (made and all(type(module) is NoDropout for module in held.values())):
+                del below[field]
 
 
 def _drop_module(below: dict[str, Any], name: str, adapter: str) -> None:

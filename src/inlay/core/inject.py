@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.bare import Names, NoDropout, bare
 from inlay.core.build import build, build_shared
 from inlay.core.collect import uncollected
 from inlay.core.eject import restore_grad
 from inlay.core.entry import Entry
 from inlay.core.follow import base_modules
-from inlay.core.hanging import container, dismount, drop_shared, hang, hang_all
+from inlay.core.hanging import dismount, drop_shared, hang, hang_all, hang_dropout
 from inlay.core.initial import Undo, derive, standing
 from inlay.core.join import joined, offsets
 from inlay.core.layer import AdaptedLayer
@@ -28,7 +27,7 @@ from inlay.core.rebase import prepare
 from inlay.core.shared import register_shared
 from inlay.core.state import Record, State
 from inlay.core.surface import LayerSurface
-from inlay.core.targets import Place, base_parameters
+from inlay.core.targets import Place, Survey
 from inlay.errors import StateError, UnsupportedError
 from inlay.parallel.hooks import lift, lower
 
@@ -47,6 +46,7 @@ def inject(
     initialise: bool = True,
     trainable: bool = True,
     then: Callable[[State], object] | None = None,
+    unchanged: bool = False,
 ) -> State:
     """Put a planned adapter into its model, in place; the model ends unchanged if anything fails.
 
@@ -57,6 +57,7 @@ def inject(
         initialise: False leaves initial values undefined, for a load that overwrites them.
         trainable: the adapter's tensors get gradients.
         then: what belongs to the injection (such as that load); if it raises, everything is undone.
+        unchanged: the model was planned just now, so what the plan found in it need not be looked for again.
 
     Returns:
         The model's state; the adapter is active if it is the first.
@@ -65,11 +66,13 @@ def inject(
         StateError: the model was changed since it was planned.
     """
     seed = torch.initial_seed() if seed is None else seed
-    modules = list(base_modules(plan.model))
+    found = plan.survey if unchanged and plan.survey is not None else Survey(plan.model)
+    plan.survey = None  # what it says is soon not so any more
+    modules = found.modules
     state = joined(plan.model, modules) or plan.state or State(policy=plan.policy)
     undo: list[Undo] = []
     first = not state.records
-    parameters = base_parameters(plan.model)
+    parameters = found.parameters
     biases = {name: parameters[name] for name in plan.biases}
     if type(plan.method).look is not Method.look and any(p.device.type == "meta" for p in plan.placements):
         raise UnsupportedError(
@@ -216,11 +219,7 @@ def mount(
     placed.append((layer, None, None))
     field = method.dropout_field
     if field is not None:
-        p = float(getattr(method.config, field) or 0.0)
-        dropout: nn.Module = nn.Dropout(p) if p > 0.0 else bare(NoDropout)
-        if p == 0.0:
-            dropout.__dict__["training"] = layer.training
-        container(layer, (field,), Names)._modules[adapter] = dropout
+        hang_dropout(layer, field, adapter, float(getattr(method.config, field) or 0.0))
     if placement.source is None:
         hang_all(layer, adapter, placement, tensors, trainable)
     else:

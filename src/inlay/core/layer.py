@@ -14,6 +14,7 @@ from inlay.core.chain import ChainHolder
 from inlay.core.dtype import merge_dtype
 from inlay.core.entry import Entry, OptionView, find_tensor
 from inlay.core.fused import run_chain
+from inlay.core.hanging import hung_dropouts
 from inlay.core.inner import Inner
 from inlay.core.kind import Kind
 from inlay.core.method import P
@@ -60,6 +61,8 @@ class AdaptedLayer(ChainHolder):
         if not name.startswith("_"):
             if any(name in entry.options for held in entries.values() for entry in held):
                 return OptionView(self, name)
+            if any(name == entry.method.dropout_field for held in entries.values() for entry in held):
+                return hung_dropouts(self, name)
             base = self.__dict__["_modules"].get("base_layer")
             found = NotImplemented if base is None else getattr(base, name, NotImplemented)
             if found is not NotImplemented:

@@ -33,7 +33,7 @@ from inlay.core.retarget import retargeted
 from inlay.core.shared import share_out
 from inlay.core.slot import Slot
 from inlay.core.state import State, check_adapter_name, find_states
-from inlay.core.targets import Place, base_parameters, places, survey
+from inlay.core.targets import Place, Survey, base_parameters, places
 from inlay.core.unfit import found_kind, unreadable, weightless
 from inlay.errors import InlayWarning, NoTargetError, TargetError, UnsupportedError
 from inlay.parallel.fsdp import refuse_managed
@@ -114,6 +114,7 @@ class Plan:
         replication: the longer list of blocks that the placements lie in, if there is one.
         keys: names of the tensors that the adapter will be filled with, where they are known.
         known: what methods said of sites that they treat alike.
+        survey: the model as it was found, for an injection that follows at once.
     """
 
     model: nn.Module
@@ -134,6 +135,7 @@ class Plan:
     replication: Replication | None = None
     keys: frozenset[str] = frozenset()
     known: Known = field(default_factory=dict, repr=False)
+    survey: Survey | None = field(default=None, repr=False)
 
     @property
     def trainable(self) -> int:
@@ -213,15 +215,16 @@ def plan(
         UnsupportedError: the method cannot work on a matched layer; the message says why.
         AdapterNameError: the name is unsafe or taken.
     """
-    everything, covers = survey(model)
-    states = find_states(model, (model, *(place.module for place in (*everything, *covers))))
+    found = Survey(model)
+    everything = found.places
+    states = find_states(model, found.modules)
     check_joinable(states)
     state = states[0] if states else None
     policy = policy or (state.policy if state is not None else INLAY)
     check_adapter_name(adapter_name, {name: record for one in states for name, record in one.records.items()})
     method = method_class(config.peft_type).variant(config)(copy.deepcopy(config))
     method.prefix_patterns = policy.prefix_patterns
-    made = Plan(model, adapter_name, config, method, policy, state, autocast_adapter_dtype)
+    made = Plan(model, adapter_name, config, method, policy, state, autocast_adapter_dtype, survey=found)
     made.keys = frozenset(held or ())
     for field_name, value in method.implied(model, model_type(model)).items():
         made.resolved[field_name] = value

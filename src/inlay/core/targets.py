@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from inlay.core.follow import Follower, follower_of
+from inlay.core.follow import Follower, base_modules, follower_of
 from inlay.core.kind import kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.shared import shared_names
@@ -16,13 +17,13 @@ from inlay.core.shared import shared_names
 __all__ = [
     "ALL_LINEAR",
     "Place",
+    "Survey",
     "base_parameters",
     "first_standing",
     "linear_paths",
     "places",
     "shortened",
     "standing",
-    "survey",
 ]
 
 ALL_LINEAR = "all-linear"
@@ -70,20 +71,74 @@ def places(model: nn.Module) -> list[Place]:
     Adapters' own modules are passed over. A module that the model holds at several places has the first one's path.
     Where a layer that others wrote stands over a module, that layer is the module's parent.
     """
-    return survey(model)[0]
+    return Survey(model).places
 
 
 def standing(model: nn.Module) -> list[tuple[Place, Follower]]:
     """Return what adapters put into the model, with its places; what stands over another thing comes after it."""
-    found, covers = survey(model)
-    answering = ((place, follower_of(place.module)) for place in (*found, *reversed(covers)))
+    found = Survey(model)
+    answering = ((place, follower_of(place.module)) for place in (*found.places, *reversed(found.covers)))
     return [(place, follower) for place, follower in answering if follower is not None]
 
 
-def survey(model: nn.Module) -> tuple[list[Place], list[Place]]:
-    """Return the places of modules, and those of the layers that others wrote over them."""
-    covers: dict[int, Place] = {}
-    return list(_visited(model, covers)), list(covers.values())
+class Survey:
+    """What a model consists of, adapters passed over; found in one pass, so it is true until the model changes.
+
+    Attributes:
+        model: the model.
+        places: those of its modules, as :func:`places` has them.
+        covers: those of the layers that others wrote over some of these.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        covers: dict[int, Place] = {}
+        self.model = model
+        self.places = list(_visited(model, covers))
+        self.covers = list(covers.values())
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """What :func:`inlay.core.follow.base_modules` yields, in another order."""
+        found = [self.model]
+        for place in (*self.covers, *self.places):
+            module = place.module
+            while isinstance(module, AdaptedLayer):  # one stands on another where several parameters are adapted
+                found.append(module)
+                module = module.base_layer
+            if isinstance(module, Follower):
+                found += base_modules(module)
+            else:
+                found.append(module)
+        return found
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's own parameters by the name that each has without adapters."""
+        found: dict[str, nn.Parameter] = {}
+        seen: set[int] = set()
+
+        def take(before: str, held: dict[str, nn.Parameter | None]) -> None:
+            for name, parameter in held.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    found[before + name] = parameter
+
+        root = follower_of(self.model)
+        if root is not None:
+            return base_parameters(_below(root))
+        take("", self.model._parameters)
+        for place in self.places:
+            base = place.base
+            if base._parameters:
+                take(f"{place.path}.", base._parameters)
+            if isinstance(base, Follower):
+                take(f"{place.path}.", base_parameters(_below(base)))  # type: ignore[arg-type]  # none of them is None
+        return found
+
+
+def _below(follower: Follower) -> nn.Module:
+    below: Any = follower.standing._modules[follower.base_attribute]
+    return below
 
 
 def _visited(model: nn.Module, covers: dict[int, Place]) -> Iterator[Place]:
@@ -142,29 +197,7 @@ def first_standing(model: nn.Module) -> tuple[str, Follower] | None:
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the model's own parameters by the name that each has without adapters."""
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    todo: list[tuple[str, nn.Module]] = [("", model)]
-    while todo:
-        path, module = todo.pop()
-        follower = follower_of(module)
-        if follower is not None:
-            below = module._modules.get(follower.base_attribute)
-            todo += [] if below is None else [(path, below)]
-            continue
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                found[f"{path}.{name}" if path else name] = parameter
-        children = module._modules
-        if children:
-            passed = shared_names(module)
-            todo.extend(
-                (f"{path}.{name}" if path else name, child)
-                for name, child in reversed(children.items())
-                if child is not None and name not in passed
-            )
-    return found
+    return Survey(model).parameters
 
 
 def linear_paths(model: nn.Module, everything: list[Place], task_type: Any) -> set[str]:

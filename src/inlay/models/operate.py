@@ -64,7 +64,7 @@ def add(
         root.__dict__["_state"] = state
     try:
         made = plan(root, asked, name, policy=policy, autocast_adapter_dtype=autocast, held=held)
-        return apply(root, made, config=config, low_memory=low_memory, initialise=initialise, then=then)
+        return apply(root, made, config=config, low_memory=low_memory, initialise=initialise, then=then, unchanged=True)
     except BaseException:
         if state is not None and not state.records:
             unmark(root)
@@ -80,8 +80,9 @@ def apply(
     initialise: bool = True,
     seed: int | None = None,
     then: Callable[[State], object] | None = None,
+    unchanged: bool = False,
 ) -> State:
-    """Put a planned adapter in; see :func:`add`."""
+    """Put a planned adapter in; see :func:`add`, and :func:`inlay.core.inject.inject` for ``unchanged``."""
     name = made.adapter
 
     def finish(state: State) -> None:
@@ -96,7 +97,15 @@ def apply(
 
     alone = made.state is None or not made.state.records  # so that it becomes active
     trains = alone and not (made.config if config is None else config).inference_mode
-    state = inject(made, low_memory=low_memory, initialise=initialise, seed=seed, trainable=trains, then=finish)
+    state = inject(
+        made,
+        low_memory=low_memory,
+        initialise=initialise,
+        seed=seed,
+        trainable=trains,
+        then=finish,
+        unchanged=unchanged,
+    )
     mark(root, state, name)
     return state
 
