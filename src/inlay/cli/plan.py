@@ -16,7 +16,10 @@ def command(
     target: Annotated[list[str] | None, typer.Option(help="Modules to adapt by name, or all-linear")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank, for methods that have one")] = None,
     alpha: Annotated[float | None, typer.Option(help="Scale numerator")] = None,
-    assignments: Annotated[list[str] | None, typer.Option("--set", help="Any other field, as field=value")] = None,
+    init: Annotated[str | None, typer.Option(help="How the adapter starts, as in inlay train")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other field, as field=value or field.option=value")
+    ] = None,
     meta: Annotated[
         bool, typer.Option("--meta/--weights", help="Build the model from its configuration, or load its weights")
     ] = True,
@@ -33,6 +36,8 @@ def command(
 
     kind = task_class(task)
     extra = parse_assignments(assignments or [], "--set")
-    config = build_config(method, task_type=kind.task_type, target=target, rank=rank, alpha=alpha, extra=extra)
+    config = build_config(
+        method, task_type=kind.task_type, target=target, rank=rank, alpha=alpha, init=init, extra=extra
+    )
     base = skeleton(model, kind.auto_class) if meta else load_base(model, kind.auto_class)
     print(inlay.plan(base, config))

@@ -12,6 +12,7 @@ from typing import Any
 
 from inlay.errors import ConfigError, MissingExtraError
 from inlay.training import output
+from inlay.training.calibration import CHANGES_BASE, Calibration, measured_start
 from inlay.training.display import Display
 from inlay.training.formats import Layout, Row, check_files, read_rows
 from inlay.training.methods import build_config, method_choice
@@ -54,6 +55,7 @@ class Prepared:
     train: Encoded
     evaluation: Encoded | None
     notes: list[str]
+    start: str | None = None  # the adapter's way to start, where it is one that is measured on data
 
 
 def train(config: RunConfig, display: Display, resume: bool = False) -> Outcome:
@@ -113,8 +115,12 @@ def train(config: RunConfig, display: Display, resume: bool = False) -> Outcome:
         callbacks=[reporter, AdapterCallback()],
     )
     reporter.trainer = trainer
+    if prepared.start in CHANGES_BASE:
+        trainer.keep_untrained()
     try:
         with warnings.catch_warnings():
+            # checkpoints belong to the base as the start left it, which a resumed run measures again
+            warnings.filterwarnings("ignore", message="adapter .* was trained over base weights")
             # about names that transformers will drop: nothing that whoever trains could do
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
@@ -164,8 +170,10 @@ def prepare(config: RunConfig) -> Prepared:
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,
+        init=config.init,
         extra=config.set,
     )
+    start = measured_start(adapter)
     tokenizer = load_tokenizer(config.model)
 
     import inlay
@@ -185,8 +193,14 @@ def prepare(config: RunConfig) -> Prepared:
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable()
         base.enable_input_require_grads()
+    calibration = None if start is None else Calibration.of(config, task, tokenizer, train_part.examples, start)
+    if calibration is not None:
+        calibration.before(base, adapter)
+        notes.append(f"{start} measures {calibration.examples:,} training examples")
     model = inlay.get_peft_model(base, adapter)
-    return Prepared(task, tokenizer, model, train_part, evaluation, notes)
+    if calibration is not None:
+        calibration.after(model)
+    return Prepared(task, tokenizer, model, train_part, evaluation, notes, start)
 
 
 def _check_extras() -> None:

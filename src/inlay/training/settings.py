@@ -51,18 +51,28 @@ class RunConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ] = None
     pack: Annotated[bool, _about(WHAT, "causal-lm: fill every example from neighbouring texts")] = True
 
-    method: Annotated[str, _about(ADAPTER, "lora, dora, rslora, ia3, loha, oft, vera, fourierft, ln_tuning, ...")] = (
-        "lora"
-    )
+    method: Annotated[
+        str, _about(ADAPTER, "lora, dora, rslora, qalora, kasa, ia3, loha, oft, vera, fourierft, ...")
+    ] = "lora"
     rank: Annotated[Count | None, _about(ADAPTER, "Rank, for methods that have one")] = None
     alpha: Annotated[float | None, _about(ADAPTER, "Scale numerator, for methods that have one")] = None
     dropout: Annotated[Share | None, _about(ADAPTER, "Dropout before the adapter")] = None
+    init: Annotated[
+        str | bool | None,
+        _about(
+            ADAPTER, "How the adapter starts: gaussian, pissa, olora, loftq, eva, corda, lora_ga, ...; false: random"
+        ),
+    ] = None
+    init_examples: Annotated[
+        Count, _about(ADAPTER, "Training examples that eva, corda and lora_ga measure before the first step")
+    ] = 64
     target: Annotated[
         list[str] | str | None,
         _about(ADAPTER, "Modules to adapt by name, or all-linear; default: the model family's usual ones"),
     ] = None
     set: Annotated[
-        dict[str, Any], _about(ADAPTER, "Any other field of the method's configuration, as field=value")
+        dict[str, Any],
+        _about(ADAPTER, "Any other field of the method's configuration, as field=value or field.option=value"),
     ] = {}
 
     epochs: Annotated[Positive, _about(OPTIMISER, "Passes over the training data")] = 3.0

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,14 @@ class AdapterTrainer(Trainer):
         self.keep = keep
         self.tokens_seen = 0  # by this process in this session: not padding
         self._staged = False
+        self._untrained: tempfile.TemporaryDirectory[str] | None = None
+
+    def keep_untrained(self) -> None:
+        """Let the adapter be saved in the end over the base weights before its start; as it is now, it is untrained."""
+        self._untrained = tempfile.TemporaryDirectory(prefix="inlay-untrained-")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="adapter .* was trained over base weights")  # it was not
+            self.accelerator.unwrap_model(self.model).save_pretrained(self._untrained.name)
 
     def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # Passes shuffles
@@ -120,6 +130,18 @@ class AdapterTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.tokens_seen += int(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; in training, with what the adapter's method adds to the loss."""
+        found = super().compute_loss(model, *args, **kwargs)
+        term = inlay.penalty(self.accelerator.unwrap_model(model)) if model.training else None
+        if term is None:
+            return found
+        # the task's loss is a part of the mean over all batches of a step, and this is the same in each of them
+        term = term / self.current_gradient_accumulation_steps
+        if isinstance(found, tuple):
+            return found[0] + term.to(found[0].device), *found[1:]
+        return found + term.to(found.device)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in Trainer, without a trace in the random state: evaluating more or less often changes no training."""
@@ -167,7 +189,9 @@ class AdapterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter alone; the base model is where it was loaded from."""
         unwrapped = self.accelerator.unwrap_model(self.model)
-        keywords = {} if state_dict is None else {"state_dict": state_dict}
+        keywords: dict[str, Any] = {} if state_dict is None else {"state_dict": state_dict}
+        if self._untrained is not None and not self._staged:
+            keywords["path_initial_model_for_weight_conversion"] = self._untrained.name
         if self.args.should_save:
             unwrapped.save_pretrained(output_dir or self.args.output_dir, **keywords)
 
