@@ -22,10 +22,8 @@ from inlay.errors import InlayError, TargetError, UnsupportedError
 from inlay.methods.c3a import C3AConfig
 from inlay.methods.fourierft import FourierFTConfig
 from inlay.methods.gralora import GraloraConfig
-from inlay.methods.ia3 import IA3Config
 from inlay.methods.loha import LoHaConfig
 from inlay.methods.lora import LoraConfig
-from inlay.methods.vera import VeraConfig
 
 TARGETS = ["qkv_proj[4:8,10:14]"]
 ROWS = [*range(4, 8), *range(10, 14)]
@@ -141,10 +139,6 @@ def test_saved_loaded_and_exported_for_peft(method: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (LoraConfig(use_dora=True, target_modules=TARGETS), "adds to the weight, and DoRA does more"),
-        (IA3Config(feedforward_modules=[], target_modules=TARGETS), "adds to the weight, and IA3 does more"),
-        (VeraConfig(target_modules=TARGETS), "belong to all of its layers"),
-        (LoraConfig(init_lora_weights="pissa", target_modules=TARGETS), "changes or measures the whole weight"),
         (LoraConfig(target_modules=["qkv_proj[4:20]"]), r"has rows 0:16, and '4:20' is no range"),
         (LoraConfig(target_modules=["qkv_proj[4:8,7:9]"]), "some rows of 'qkv_proj' twice"),
         (LoraConfig(target_modules=["qkv_proj[q]"]), r"is not known .*qkv_proj\[0:8\].*qkv_proj of phi3"),

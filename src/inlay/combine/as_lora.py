@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from inlay.combine.change import across_groups, change_of, no_lora_at, place_factors
 from inlay.combine.configs import united, united_targets, united_tokens
-from inlay.combine.lora import write_factors
+from inlay.combine.lora import rows_of, write_factors
 from inlay.combine.parts import Part, combined, matrix, stored
 from inlay.combine.placing import carry, entries, layers_of, main_entries, plan_exactly, put, refuse_parameters
 from inlay.combine.rules import Request
@@ -58,7 +58,7 @@ def add_as_lora(model: nn.Module, state: State, request: Request) -> None:
                 factors, bias = made[entry.site.name]
                 p = write_factors(layer, entry, factors)
                 if bias is not None:
-                    p.bias.copy_(bias)
+                    p.bias.copy_(rows_of(entry, bias))
                     layer.put(entry, p)
         carry(model, state, request.name, request.adapters, request.weights)
 

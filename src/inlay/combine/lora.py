@@ -20,7 +20,7 @@ from inlay.core.plan import Plan
 from inlay.core.state import State
 from inlay.errors import CombinationError
 
-__all__ = ["add_lora", "write_factors"]
+__all__ = ["add_lora", "rows_of", "write_factors"]
 
 
 def add_lora(model: nn.Module, state: State, request: Request) -> None:
@@ -117,9 +117,9 @@ def _fill_layer(layer: AdaptedLayer, entry: Entry, request: Request) -> None:
     factors = combined(entry.site, parts, request)
     p = write_factors(layer, entry, factors)
     if p.get("bias") is not None:
-        zero = torch.zeros_like(p.bias)
+        zero = p.bias.new_zeros(layer.site.out)
         biases = [zero if part.bias is None else part.bias for part in parts]
-        p.bias.copy_(request.rule.merge(biases, [part.weight for part in parts]))
+        p.bias.copy_(rows_of(entry, request.rule.merge(biases, [part.weight for part in parts])))
     if p.get("magnitude") is not None:
         norm = _row_norms(layer)
         # where an update is plain LoRA, DoRA with the norms of the adapted rows is the same map
@@ -127,7 +127,7 @@ def _fill_layer(layer: AdaptedLayer, entry: Entry, request: Request) -> None:
             _row_norms(layer, part) - norm if part.magnitude is None else part.magnitude.to(norm.dtype) - norm
             for part in parts
         ]
-        merged = norm + request.rule.merge(found, [part.weight for part in parts])
+        merged = rows_of(entry, norm + request.rule.merge(found, [part.weight for part in parts]))
         p.magnitude.copy_(merged.view(p.magnitude.shape))
     layer.put(entry, p)
 
@@ -136,12 +136,16 @@ def write_factors(layer: AdaptedLayer, entry: Entry, factors: Factors) -> Any:
     """Write factors into an entry's A and B, with zeros for what its rank has beyond them; returns its tensors."""
     p = layer.params(entry, whole=True)
     B, A = resized(factors, p.A.shape[0] // entry.site.groups)
-    if isinstance(entry.method, Sliced):  # all that is combined lies in the same rows
-        B = entry.method.take(B)
+    B = rows_of(entry, B)
     p.A.copy_(A.reshape(p.A.shape))
     p.B.copy_(B.reshape(p.B.shape))
     layer.put(entry, p)
     return p
+
+
+def rows_of(entry: Entry, whole: Tensor) -> Tensor:
+    """Return the rows that an adapter is on; all that is combined into it lies there."""
+    return entry.method.take(whole) if isinstance(entry.method, Sliced) else whole
 
 
 def _row_norms(layer: AdaptedLayer, part: Part | None = None) -> Tensor:

@@ -47,6 +47,8 @@ def _differ(layer: AdaptedLayer, one: Entry, other: Entry) -> str | None:
     """Return what two adapters have that is not alike and does not add up, or None."""
     if type(one.method) is not type(other.method):
         return "their variant"
+    if getattr(one.method, "rows", None) != getattr(other.method, "rows", None):
+        return "their rows"
     for option in one.options.keys() - {"scaling"}:
         if one.options[option] != other.options[option]:
             return option
@@ -110,7 +112,7 @@ def _fill_layer(layer: AdaptedLayer, entry: Entry, request: Request) -> None:
     p = layer.params(entry, whole=True)
     base = layer.base_affine(whole=True)
     base = base.to(merge_dtype(base.weight.dtype))
-    resting = entry.method.resting(layer.site, p, base)
+    resting = entry.method.resting(entry.site, p, base)
     own = float(entry.options.get("scaling", 1.0)) or 1.0
     for role in dict.fromkeys(role for role, _ in _roles(entry)):
         if role not in entry.method.linear:
@@ -118,7 +120,7 @@ def _fill_layer(layer: AdaptedLayer, entry: Entry, request: Request) -> None:
         found = []
         for _, other in held:
             q = layer.params(other, whole=True)
-            still = other.method.resting(layer.site, q, base).get(role)
+            still = other.method.resting(other.site, q, base).get(role)
             values = getattr(q, role).detach().to(base.weight.dtype)
             change = values if still is None else values - still
             found.append(_placed(p, q, change) * (float(other.options.get("scaling", 1.0)) / own))

@@ -13,6 +13,8 @@ from inlay.combine.svd import Factors, clamped, factorise, factorise_product
 from inlay.core.affine import LowRank, Site
 from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
+from inlay.core.output_rows import put_rows
+from inlay.core.sliced import Sliced
 from inlay.errors import CombinationError
 
 __all__ = ["Part", "combined", "matrix", "part_of", "stored"]
@@ -49,7 +51,12 @@ def part_of(layer: AdaptedLayer, entry: Entry, weight: float = 1.0) -> Part:
     scale = float(entry.options["scaling"])
     bias = None if delta.bias is None else delta.bias.detach() * scale
     magnitude = p.get("magnitude")
-    return Part(weight, scale, B, A, bias, None if magnitude is None else magnitude.detach().flatten())
+    if magnitude is not None:
+        magnitude = magnitude.detach().flatten()
+        if isinstance(entry.method, Sliced):  # the other rows keep their lengths
+            lengths = torch.linalg.vector_norm(layer.base_affine(whole=True).weight.to(magnitude.dtype), dim=-1)
+            magnitude = put_rows(entry.method.rows, lengths, magnitude)
+    return Part(weight, scale, B, A, bias, magnitude)
 
 
 def combined(site: Site, parts: list[Part], request: Request) -> Factors:

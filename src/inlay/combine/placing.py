@@ -16,14 +16,16 @@ from inlay.core.affine import Affine
 from inlay.core.choose import choose
 from inlay.core.copies import plan_copies
 from inlay.core.entry import Entry
+from inlay.core.fused_layouts import split_name
 from inlay.core.inject import inject
 from inlay.core.layer import AdaptedLayer
 from inlay.core.mount import ModuleCopies
+from inlay.core.part import part_matcher
 from inlay.core.plan import Plan, plan
 from inlay.core.registry import method_class
 from inlay.core.state import State
 from inlay.core.targets import places
-from inlay.errors import CombinationError, InlayError
+from inlay.errors import CombinationError, InlayError, TargetError
 
 __all__ = [
     "carry",
@@ -105,8 +107,29 @@ def _spellings(config: Any, wanted: set[str]) -> Iterator[Any]:
     yield derived(config)
     fields = ("exclude_modules", "layers_to_transform", "layers_pattern")
     free: dict[str, Any] = {field: None for field in fields if hasattr(config, field)}
+    parts = _parts(config, wanted)
+    if parts is not None:
+        yield derived(config, **free, target_modules=parts)
+        return
     yield derived(config, **free, target_modules=set(wanted))
     yield derived(config, **free, target_modules="|".join(map(re.escape, sorted(wanted))))
+
+
+def _parts(config: Any, wanted: set[str]) -> set[str] | None:
+    """Return whole paths of layers, each with the slice of it that the configuration means; None where it has none."""
+    targets = config.target_modules
+    if not targets or isinstance(targets, str) or not any(map(split_name, targets)):
+        return None
+    try:
+        meant = part_matcher(targets)
+    except TargetError:  # adapters of different parts of one layer come together on all of it
+        return None
+    found = set()
+    for path in wanted:
+        pattern = meant(path)
+        inside = None if pattern is None else split_name(pattern)
+        found.add(path if inside is None else f"{path}[{inside[1]}]")
+    return found
 
 
 def put(made: Plan, fill: Callable[[State], object]) -> None:

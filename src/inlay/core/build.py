@@ -7,6 +7,7 @@ from torch import Tensor
 
 from inlay.core.affine import Site
 from inlay.core.plan import Placement, Plan
+from inlay.core.sliced import own_method
 from inlay.core.slot import Slot, generator_for, zeros
 from inlay.parallel.placement import spread
 
@@ -46,8 +47,13 @@ def build(plan: Plan, placement: Placement, low_memory: bool, fill: bool, seed: 
         return {}
     site, dtype, layout = placement.site, placement.dtype, placement.layout
     own_seed = plan.policy.own_seed
-    if fill and not low_memory and own_seed and layout is None and placement.device == _CPU:
-        return {role: _filled(slot, site, slot.dtype or dtype, seed) for role, slot in placement.own.items()}
+    if own_seed and not low_memory and layout is None and placement.device == _CPU:  # the usual case, with few calls
+        return {
+            role: _filled(slot, site, slot.dtype or dtype, seed)
+            if fill or slot.buffer or not slot.saved
+            else torch.empty(slot.shape, dtype=slot.dtype or dtype)
+            for role, slot in placement.own.items()
+        }
     if fill and not low_memory and not own_seed:
         for slot in placement.slots.values():
             if slot.discarded is not None:
@@ -64,7 +70,7 @@ def build_shared(plan: Plan, low_memory: bool, seed: int) -> dict[str, Tensor]:
     """Create the tensors that live at the root, on the device of the first site."""
     if not plan.shared:
         return {}
-    first = next(p for p in plan.placements if p.method is plan.method)
+    first = next(p for p in plan.placements if own_method(p.method) is plan.method)
     tensors = {}
     for role, slot in plan.shared.items():
         device = _META if low_memory and slot.saved else first.device

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from inlay.core.output_rows import Rows
 from inlay.errors import TargetError, did_you_mean
 
-__all__ = ["Rows", "bare_name", "rows_of", "split_name"]
+__all__ = ["bare_name", "rows_of", "split_name"]
 
-Rows = tuple[tuple[int, int], ...]  # [start, stop) of each range, in ascending order
 _SLICE = re.compile(r"([^\[\]]+)\[([^\[\]]*)\]")
 _RANGE = re.compile(r"(\d*):(\d*)")
 _QKV = ("q", "k", "v")

@@ -12,6 +12,7 @@ from inlay.core.dtype import merge_dtype
 from inlay.core.entry import Entry, find_tensor
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method, P
+from inlay.core.sliced import as_seen, own_method
 from inlay.core.slot import Slot
 from inlay.core.state import State
 from inlay.parallel.tensors import gather
@@ -103,7 +104,7 @@ def derives(method: Method) -> bool:
 @torch.no_grad()
 def _derive(state: State, adapter: str, method: Method, shared: dict[str, Slot], held: Held, initial: bool) -> None:
     wanted = {role: slot for role, slot in shared.items() if initial or not slot.saved}
-    own = [(layer, entry) for layer, entry in held if entry.method is method]
+    own = [(layer, entry) for layer, entry in held if own_method(entry.method) is method]
     if wanted and own and type(method).derive_shared is not Method.derive_shared:
         p = P()
         for role, slot in wanted.items():
@@ -123,4 +124,4 @@ class _Bases:
         self.layers = layers
 
     def __iter__(self) -> Iterator[tuple[Site, Affine]]:
-        return ((entry.site, wide_base(layer)) for layer, entry in self.layers)
+        return (as_seen(entry.method, entry.site, wide_base(layer)) for layer, entry in self.layers)

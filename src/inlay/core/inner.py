@@ -11,7 +11,7 @@ from torch import Tensor
 import inlay.kernels.compressed
 import inlay.kernels.parts
 import inlay.kernels.structured  # noqa: F401  these enter their ways of multiplying
-from inlay.core.affine import Affine, Delta, Dense, LowRank
+from inlay.core.affine import Affine, Delta, Dense, LowRank, Site
 from inlay.core.dtype import product_dtype
 from inlay.core.fused import Updates, active_dropout, delta_reason, fused_dtype, input_reason, run_updates
 from inlay.core.method import P
@@ -62,6 +62,11 @@ class Inner:
         return entry.method.forward(entry.site, p, x, inner)
 
     @property
+    def site(self) -> Site:
+        """The shape of what is below."""
+        return self.layer.site
+
+    @property
     def is_base(self) -> bool:
         """Whether nothing but the base layer is below, so that ``inner(x)`` is its own output."""
         return self.depth == 0 and not self.layer.merged
@@ -82,8 +87,8 @@ class Inner:
         dropped = p.drop(x)
         if gain is None:
             layer = self.layer
-            return sum_of(layer.kind, self._leaf(x), layer.site, y, dropped, delta, layer.compute)
-        site, base = self.layer.site, self.base_affine()
+            return sum_of(layer.kind, self._leaf(x), self.site, y, dropped, delta, layer.compute)
+        site, base = self.site, self.base_affine()
         if self.is_base and (dropped is x or self.layer.state.policy.own_dropout):
             plain = y if base.bias is None else y - site.along_output(base.bias)
         else:
@@ -113,7 +118,7 @@ class Inner:
     def apply(self, x: Tensor, delta: Delta) -> Tensor:
         """Return the update's share of the output for input ``x``."""
         layer = self.layer
-        return apply_delta(layer.kind, self._leaf(x), layer.site, x, delta, layer.compute)
+        return apply_delta(layer.kind, self._leaf(x), self.site, x, delta, layer.compute)
 
     def _leaf(self, x: Tensor) -> Any:
         """Return the module that holds the layer's tensors, or what stands for it in this call."""
@@ -126,19 +131,19 @@ class Inner:
         layer, dtype = self.layer, self.product_dtype(x, A.dtype)
         if layer.site.lookup and layer.compute == "base":
             dtype = layer.kind.weight_dtype(layer.leaf_layer) or dtype
-        return down(layer.kind, self._leaf(x), layer.site, x, A.to(dtype))
+        return down(layer.kind, self._leaf(x), self.site, x, A.to(dtype))
 
     def up(self, t: Tensor, B: Tensor) -> Tensor:
         """Take what :meth:`down` returned up to the output, by B, (out, r) or one for each sample."""
-        return up(self.layer.leaf_layer, self.layer.site, t, B.to(t.dtype))
+        return up(self.layer.leaf_layer, self.site, t, B.to(t.dtype))
 
     def ranks_last(self, t: Tensor) -> Tensor:
         """Turn what :meth:`down` returned so that its last axis is the rank's."""
-        return ranks_last(self.layer.site, t)
+        return ranks_last(self.site, t)
 
     def tasks(self, x: Tensor) -> Tensor | None:
         """Return the task of each row of the layer's input, (rows,), or None where none was chosen."""
-        return tasks_of(self.layer, self._leaf(x).samples if self.layer.site.pooled else x)
+        return tasks_of(self.layer, self._leaf(x).samples if self.site.pooled else x)
 
     def product_dtype(self, x: Tensor, adapter: torch.dtype) -> torch.dtype:
         """Return the dtype in which products of ``x`` with an adapter's tensors run."""
@@ -158,7 +163,7 @@ class Inner:
 
     def bias(self) -> Tensor | None:
         """Return the bias of what is below, (out,), or None."""
-        return None if self.depth == 0 and not self.layer.site.bias else self.affine().bias
+        return None if self.depth == 0 and not self.site.bias else self.affine().bias
 
     def base_affine(self) -> Affine:
         """Return the map of the untouched layer."""
@@ -166,4 +171,4 @@ class Inner:
 
     def run(self, x: Tensor, affine: Affine) -> Tensor:
         """Run the layer with another map."""
-        return self.layer.kind.run(self.layer.leaf_layer, self.layer.site, affine, x, self.args, self.kwargs)
+        return self.layer.kind.run(self.layer.leaf_layer, self.site, affine, x, self.args, self.kwargs)

@@ -50,13 +50,14 @@ def _training(state: State, hook: str) -> Iterator[tuple[str, Any]]:
 
 def _layers(state: State, name: str, method: Any) -> list[tuple[Site, P]]:
     from inlay.core.layer import AdaptedLayer
+    from inlay.core.sliced import own_method, own_site
 
     return [
-        (entry.site, layer.params(entry))
+        (own_site(entry.method, entry.site), layer.params(entry))
         for layer in state.layers()
         if isinstance(layer, AdaptedLayer)
         for entry in layer.entries.get(name, ())
-        if entry.method is method and entry.home is None
+        if own_method(entry.method) is method and entry.home is None
     ]
 
 

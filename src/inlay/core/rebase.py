@@ -14,6 +14,7 @@ from inlay.core.entry import Entry
 from inlay.core.initial import Undo, standing, wide_base
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method, P
+from inlay.core.sliced import own_method
 from inlay.core.state import Record, State
 from inlay.core.storage import storage_of
 from inlay.errors import InlayWarning, MergeError, StateError, UnsupportedError
@@ -44,7 +45,7 @@ def check_rebasable(made: Plan) -> None:
             f"layer_replication lets several layers share one base weight, and {cause} takes another "
             "update out of it for each of them; use init_lora_weights=True and no kasa_config"
         )
-    own = [placement for placement in made.placements if placement.method is made.method]
+    own = [placement for placement in made.placements if own_method(placement.method) is made.method]
     tied = {p.place.path: p.source for p in made.placements if p.source is not None}
     for placement in own:
         path = placement.place.path
@@ -106,7 +107,7 @@ def prepare(plan: Plan, state: State, undo: list[Undo], fresh: bool = True) -> N
 
 
 def _real(placement: Placement, plan: Plan) -> bool:
-    return placement.method is plan.method and placement.device.type != "meta"
+    return own_method(placement.method) is plan.method and placement.device.type != "meta"
 
 
 def begin_again(layer: AdaptedLayer, entry: Entry, method: Method) -> None:

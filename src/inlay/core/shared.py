@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from inlay.core.sliced import own_method, own_site
 from inlay.core.state import State
 from inlay.errors import StateError, UnsupportedError
 
@@ -24,11 +25,12 @@ def shared_names(holder: nn.Module) -> tuple[str, ...]:
 
 def share_out(plan: Plan) -> None:
     """Find the tensors that the sites of a plan share, and which of them each site uses."""
-    own = [placement for placement in plan.placements if placement.method is plan.method]
-    plan.shared = plan.method.shared_slots([placement.site for placement in own])
+    own = [placement for placement in plan.placements if own_method(placement.method) is plan.method]
+    sites = [own_site(placement.method, placement.site) for placement in own]
+    plan.shared = plan.method.shared_slots(sites)
     for placement in own if plan.shared else ():
-        placement.shared = plan.method.shared_at(placement.site, plan.shared)
-    lent = plan.method.borrows([placement.site for placement in own])
+        placement.shared = placement.method.shared_at(placement.site, plan.shared)
+    lent = plan.method.borrows(sites)
     named = {placement.site.name: placement for placement in own} if lent else {}
     for name, roles in lent.items():
         named[name].borrowed = {role: named[lender] for role, lender in roles.items()}

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from inlay.core.affine import Affine, Site
 from inlay.core.kind import Kind
+from inlay.core.method import Method
 from inlay.core.plan import plan
+from inlay.core.sliced import Sliced, own_method, own_site
 from inlay.errors import ConfigError, InlayWarning, UnsupportedError
 
 __all__ = ["Spot", "gradients", "in_mode", "inputs_of", "keep_in", "kept_in", "rows", "spots", "taken", "unseen"]
@@ -27,7 +29,9 @@ class Spot:
     Attributes:
         name: its path, with the parameter's name where a bare parameter is meant.
         module: that holds the weight.
+        site: the shape of the adapted rows.
         r: rank of the update of one block.
+        method: the method there.
     """
 
     name: str
@@ -35,11 +39,18 @@ class Spot:
     kind: Kind
     site: Site
     r: int
+    method: Method
 
     @property
     def weight(self) -> nn.Parameter:
         found: nn.Parameter = getattr(self.module, self.kind.weight_name)
         return found
+
+    def rows_of(self, whole: Tensor) -> Tensor:
+        """Return the adapted rows of a tensor of the weight's stored shape, as a layer of just them stores it."""
+        if not isinstance(self.method, Sliced):
+            return whole
+        return self.kind.from_matrix(self.site, self.method.take(self.kind.to_matrix(self.site, whole)))
 
 
 def spots(model: nn.Module, config: Any) -> list[Spot]:
@@ -55,10 +66,10 @@ def spots(model: nn.Module, config: Any) -> list[Spot]:
         setattr(config, name, value)
     found = []
     for placement in made.placements:
-        if placement.method is made.method and placement.source is None:
-            site = placement.site
+        if own_method(placement.method) is made.method and placement.source is None:
+            method, site = placement.method, own_site(placement.method, placement.site)
             r = placement.options["r"] // site.groups
-            found.append(Spot(site.name, placement.place.base, placement.kind, site, r))
+            found.append(Spot(site.name, placement.place.base, placement.kind, site, r, method))
     return found
 
 
@@ -158,7 +169,7 @@ def gradients(model: nn.Module, places: list[Spot], train_step: Callable[[], obj
             handles.append(spot.weight.register_post_accumulate_grad_hook(counting(spot.name)))
         with in_mode(model, True), torch.enable_grad():
             train_step()
-        found = {s.name: s.weight.grad / counts[s.name] for s in places if s.weight.grad is not None}
+        found = {s.name: s.rows_of(s.weight.grad / counts[s.name]) for s in places if s.weight.grad is not None}
     finally:
         for handle in handles:
             handle.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -165,7 +165,7 @@ def _covariances(
     watched = places
     if hooked is not None:
         there = dict(hooked.named_modules())
-        watched = [Spot(s.name, there[s.name], s.kind, s.site, s.r) for s in places if s.name in there]
+        watched = [replace(s, module=there[s.name]) for s in places if s.name in there]
     with in_mode(observed, False), inputs_of(watched, see):
         run_model()
     for name, count in counts.items():
@@ -178,7 +178,7 @@ def _covariances(
 
 def _eigens(spot: Spot, covariance: Tensor, method: str) -> CordaEigens:
     """Return r singular triplets of ``W C``; C is damped until its inverse is one."""
-    weight = spot.kind.to_matrix(spot.site, spot.weight.detach())
+    weight = spot.kind.to_matrix(spot.site, spot.rows_of(spot.weight.detach()))
     weight = weight.to(merge_dtype(weight.dtype))
     if spot.site.groups > 1:
         weight = weight.unflatten(0, (spot.site.groups, -1))

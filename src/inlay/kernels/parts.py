@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.affine import Delta, Site
-from inlay.core.part import RowsOf, spread_rows
+from inlay.core.output_rows import RowsOf, spread_rows
 from inlay.kernels.table import FAST, fast_path
 
 __all__: list[str] = []

@@ -219,7 +219,14 @@ def _adapted(model: Any, adapter: str) -> list[Spot]:
         for entry in layer.entries.get(adapter, ()) if isinstance(layer, AdaptedLayer) else ():
             if "r" in entry.options and entry.home is None:
                 found.append(
-                    Spot(name, layer.base_layer, layer.kind, entry.site, entry.options["r"] // entry.site.groups)
+                    Spot(
+                        name,
+                        layer.base_layer,
+                        layer.kind,
+                        entry.site,
+                        entry.options["r"] // entry.site.groups,
+                        entry.method,
+                    )
                 )
     return found
 

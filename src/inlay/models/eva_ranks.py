@@ -18,6 +18,7 @@ from inlay.core.hanging import dismount
 from inlay.core.initial import standing
 from inlay.core.inject import mount
 from inlay.core.layer import AdaptedLayer
+from inlay.core.sliced import own_method
 from inlay.errors import CheckpointMismatchError, InlayWarning, UnsupportedError
 
 __all__ = ["place_directions"]
@@ -65,7 +66,7 @@ def place_directions(model: Any, adapter: str, directions: dict[str, Tensor]) ->
     autocast = all(p.dtype != torch.bfloat16 and p.dtype != torch.float16 for p in _tensors(held))
     made = plan_exactly(root, asked, f"{adapter}_eva", set(ranks), autocast)
     made.adapter = adapter
-    own = [placement for placement in made.placements if placement.method is made.method]
+    own = [placement for placement in made.placements if own_method(placement.method) is made.method]
     built = [(placement, build(made, placement, False, True, record.seed)) for placement in own]
     for placement, tensors in built:
         layer, entry = held[placement.site.name]

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from inlay.checkpoint.model_files import ModelFiles
+from inlay.core.affine import Affine
 from inlay.core.entry import Entry
 from inlay.core.initial import wide_base
 from inlay.core.layer import AdaptedLayer
+from inlay.core.sliced import as_seen, own_site
 from inlay.errors import (
     CheckpointKeyError,
     CheckpointMismatchError,
@@ -66,15 +68,16 @@ def replace_lora_weights_loftq(
         for entry in layer.entries.get(adapter_name, ()):
             if "r" not in entry.options or entry.home is not None:
                 continue
+            site = own_site(entry.method, entry.site)
             lost = _lost(root, layer, entry, files)
             if not bool(lost.any()):
                 continue
             any_match = True
             p = layer.params(entry, whole=True)
             before = p.A.clone(), p.B.clone()
-            r = entry.options["r"] // entry.site.groups
-            given = Given(lost, r, float(p.scaling), entry.method.config, entry.site)
-            fill_factors(entry.site, p, given.scaled(*leading(lost, r)))
+            r = entry.options["r"] // site.groups
+            given = Given(lost, r, float(p.scaling), entry.method.config, site)
+            fill_factors(site, p, given.scaled(*leading(lost, r)))
             layer.put(entry, p)
             if callback is not None and not callback(peft_model, name.removeprefix(_PREFIX)):
                 p.A.copy_(before[0])
@@ -88,7 +91,7 @@ def replace_lora_weights_loftq(
 
 
 def _lost(root: Any, layer: AdaptedLayer, entry: Entry, files: ModelFiles) -> Tensor:
-    """Return original minus present weight, (*blocks, out, fan_in)."""
+    """Return original minus present weight, (*blocks, out, fan_in), of the rows that the adapter is on."""
     site = entry.site
     name = site.name if site.parameter is not None else f"{site.name}.{layer.kind.weight_name}"
     prefix = f"{getattr(root, 'base_model_prefix', None) or ''}."
@@ -100,7 +103,8 @@ def _lost(root: Any, layer: AdaptedLayer, entry: Entry, files: ModelFiles) -> Te
         raise CheckpointMismatchError(
             f"{files.folder}: {key!r}: expected shape {site.stored_shape}, found {tuple(original.shape)}"
         )
-    return blocks_of(site, layer.kind.to_matrix(site, original.to(base.weight)) - base.weight)
+    lost = Affine(layer.kind.to_matrix(site, original.to(base.weight)) - base.weight)
+    return blocks_of(site, as_seen(entry.method, site, lost)[1].weight)
 
 
 def _folder(root: Any, path: str | os.PathLike[str] | None) -> Path:
