@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from cells import Cell, method_of
-from subject import Subject, assert_bitwise, assert_close, tensors_of
+from cells import Cell
+from subject import Subject, assert_bitwise, tensors_of
 
 from inlay.checkpoint import (
     get_peft_model_state_dict,
@@ -49,8 +49,5 @@ def test_files(cell: Cell, tmp_path: Path) -> None:
     for names in (("two", "one"), ("one",)):
         subject.activate(*names)
         set_active(state, names)
-        found, expected = twin(subject.x), subject.model(subject.x)
-        if method_of(cell.method).own_backward:  # where nothing trains, products are made in another order
-            assert_close(found, expected, cell.dtype, size=subject.largest())
-        else:
-            assert torch.equal(found, expected)
+        with torch.no_grad():  # the twin does not train, and products that nothing is kept of go in another order
+            assert torch.equal(twin(subject.x), subject.model(subject.x))
