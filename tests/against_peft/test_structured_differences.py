@@ -259,13 +259,13 @@ def test_shira_on_top_of_another_adapter():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (c3a(block_size=5), "block_size=5 does not divide a weight of 8 x 12; a divisor of 4 would"),
-        (gralora(r=6, gralora_k=3), "gralora_k=3 does not divide a weight of 8 x 12"),
+        (c3a(block_size=5), "block_size=5 does not divide its 12 inputs; a divisor of 4 divides both sides"),
+        (gralora(r=6, gralora_k=3), "gralora_k=3 does not divide its 8 outputs"),
         (miss(r=13), "r=13 is more than the 12 columns of its weight"),
-        (miss(r=6, init_weights="bat"), "r=6 does not divide a weight of 8 x 12 into blocks of 6 x 6"),
+        (miss(r=6, init_weights="bat"), "r=6 does not divide its 8 outputs"),
         (miss(mini_r=3, init_weights="mini"), "mini_r=3 does not divide its 8 rows"),
         (shira(r=5), "r=5 asks for 100 of the 96 entries of a weight of 8 x 12"),
-        (waveft(n_frequency=97), "a weight of 8 x 12 has 96 coefficients to train, found n_frequency=97"),
+        (waveft(n_frequency=97), "a weight of 8 x 12 has 96 entries, found n_frequency=97"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_both(config, message):

@@ -22,7 +22,7 @@ from inlay.config import (
     setting,
     settings,
 )
-from inlay.errors import ConfigError, ConfigTypeError, UnknownFieldError
+from inlay.errors import ConfigError, ConfigTypeError, InlayWarning, UnknownFieldError
 
 
 def facts(cls):
@@ -323,3 +323,46 @@ def test_nested_configs_pairs_literals_and_checks():
 def test_limits_hold_for_every_number_in_a_list():
     with pytest.raises(ConfigError, match=r"TokensConfig\.token_indices: expected a number at least 0, found -2"):
         TokensConfig(token_indices=[1, -2])
+
+
+def test_a_plain_value_is_the_default_of_a_shared_field():
+    """Limits and words of the field stay, and so does the default that other classes have."""
+
+    @settings
+    class Sized:
+        size: int = setting(default=4, doc="How many.", gt=0)
+        named: list[int] | None = setting(doc="Which ones.", factory=list)
+
+    @settings
+    class OneConfig(Sized, Settings):
+        size = 32
+        named = None
+
+    @settings
+    class OtherConfig(Sized, Settings):
+        pass
+
+    assert (OneConfig().size, OneConfig().named, OtherConfig().size, OtherConfig().named) == (32, None, 4, [])
+    assert OneConfig(size=5).size == 5
+    assert {cls.__dataclass_fields__["size"].metadata["doc"] for cls in (OneConfig, OtherConfig)} == {"How many."}
+    with pytest.raises(ConfigError, match=r"OneConfig\.size: expected a number greater than 0, found 0"):
+        OneConfig(size=0)
+
+
+def test_warnings_and_errors_of_several_fields_name_the_class_and_the_caller():
+    @settings
+    class BoundConfig(Settings):
+        low: int = setting(default=0, doc="From.")
+        high: int = setting(default=9, doc="To.")
+
+        def check_fields(self):
+            if self.low > self.high:
+                raise self.wrong("low", f"expected at most high={self.high}, found {self.low}")
+            if self.low == self.high:
+                self.warn("low leaves one value")
+
+    with pytest.raises(ConfigError, match=r"BoundConfig\.low: expected at most high=9, found 10"):
+        BoundConfig(low=10)
+    with pytest.warns(InlayWarning, match=r"BoundConfig\.low leaves one value") as caught:
+        BoundConfig(low=9)
+    assert caught[0].filename == __file__

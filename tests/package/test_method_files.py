@@ -64,9 +64,10 @@ def test_no_two_methods_share_six_lines() -> None:
 
 
 def test_files_of_methods_are_short() -> None:
-    """Lines of code, without blank ones, comments, imports and docstrings."""
+    """Lines of the files as they are, with imports, docstrings and blank ones."""
     sizes = {
-        p.stem: len(code_lines(p.read_text(encoding="utf-8"))) for p in METHODS.glob("*.py") if p.stem != "__init__"
+        p.stem: len(p.read_text(encoding="utf-8").splitlines()) for p in METHODS.glob("*.py") if p.stem != "__init__"
     }
+    assert len(sizes) > 40
     assert statistics.median(sizes.values()) < 100
     assert {name: size for name, size in sizes.items() if size > 200 and name != "lora"} == {}

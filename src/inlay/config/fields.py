@@ -1,30 +1,29 @@
-"""Declaring configuration fields: `setting` for one field, mix-ins for the fields that methods share."""
+"""Declaring configuration fields: `setting` for one field, mix-ins for the fields that most methods share."""
 
 from __future__ import annotations
 
 import re
-import warnings
 from typing import Any, ClassVar
 
 from inlay.config.settings import setting, settings
-from inlay.errors import ConfigError, InlayWarning
+from inlay.errors import ConfigError
 
 __all__ = [
     "ALL_LINEAR",
+    "BlockTargetField",
+    "BlockTargetFields",
     "ExcludeField",
     "FanInFanOutField",
-    "FrequencyPatternField",
     "LayerFields",
     "PatternFields",
-    "ProjectionFields",
     "RankPatternField",
-    "SavedBasesField",
     "SavedModulesField",
     "TargetField",
     "TargetFields",
     "bias_setting",
     "check_pattern",
     "check_pattern_keys",
+    "dropout_setting",
     "setting",
 ]
 
@@ -41,6 +40,12 @@ def bias_setting(method: str) -> Any:
         choices=("none", "all", f"{method}_only"),
         parameters="adds the length of each trained bias",
     )
+
+
+def dropout_setting(of: str = "the update") -> Any:
+    """Declare a field for the dropout on what ``of`` reads of a layer's input."""
+    doc = f"Probability of dropping an input element of {of}."
+    return setting(default=0.0, doc=doc, ge=0.0, lt=1.0)
 
 
 def check_pattern(owner: str, field: str, pattern: str) -> None:
@@ -213,21 +218,6 @@ class PatternFields(RankPatternField):
 
 
 @settings
-class FrequencyPatternField:
-    """``n_frequency_pattern``: another number of frequencies for some modules."""
-
-    n_frequency_pattern: dict[str, int] | None = setting(
-        doc="Counts that differ from n_frequency: module name, ending or regular expression -> count.",
-        factory=dict,
-        gt=0,
-        parameters="those modules count with their own number",
-    )
-
-    def check_fields(self) -> None:
-        check_pattern_keys(self, "n_frequency_pattern")
-
-
-@settings
 class FanInFanOutField:
     """``fan_in_fan_out``: how a layer outside this library stores its weight."""
 
@@ -239,29 +229,10 @@ class FanInFanOutField:
 
 
 @settings
-class SavedBasesField:
-    """``save_projection``: whether random tensors that never train are in a checkpoint."""
-
-    seed_field = "projection_seed"
-
-    save_projection: bool = setting(
-        default=True, doc="Keep the random projections in the checkpoint; otherwise they are drawn again from the seed."
-    )
-
-    def check_fields(self) -> None:
-        if not self.save_projection:
-            warnings.warn(
-                f"{type(self).__name__}.save_projection is False: the projections are drawn again from "
-                f"{self.seed_field} on loading, which other versions of torch may do differently.",
-                InlayWarning,
-                stacklevel=5,
-            )
+class BlockTargetField(TargetField, SavedModulesField, LayerFields):
+    """Which modules of which blocks are adapted or saved whole; nothing can be excluded."""
 
 
 @settings
-class ProjectionFields(SavedBasesField):
-    """``projection_prng_key`` beside ``save_projection``."""
-
-    seed_field = "projection_prng_key"
-
-    projection_prng_key: int = setting(default=0, doc="Seed that the shared projections are drawn from.")
+class BlockTargetFields(TargetFields, LayerFields):
+    """Which modules of which blocks are adapted, left out, or saved whole."""

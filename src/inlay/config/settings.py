@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import reprlib
+import warnings
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 from inlay.config.checking import check_field, field_hints
-from inlay.errors import ConfigError, UnknownFieldError, did_you_mean
+from inlay.errors import ConfigError, InlayWarning, UnknownFieldError, did_you_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Self, dataclass_transform
@@ -89,21 +90,23 @@ class Settings:
     def __init_subclass__(cls) -> None:
         """Bring the fields of mix-ins among the class's own, before ``dataclass`` looks at them.
 
+        A plain value that the class has under the name of such a field (``r = 32``) is its default there.
+
         Dataclasses put inherited fields first and in the order of inheritance, which could never give every method
         the order of arguments that it has in PEFT. So mix-ins are no dataclasses themselves.
         """
         super().__init_subclass__()
         inherited = {field.name for base in cls.__mro__[1:] for field in _fields(base)}
+        own = inspect.get_annotations(cls)
         woven: dict[str, Any] = {}
         for part in cls.__mro__[1:]:
             for name in inspect.get_annotations(part):
                 declared = vars(part).get(name)
                 if isinstance(declared, dataclasses.Field) and name not in inherited and name not in woven:
                     woven[name] = field_hints(part)[name]
-                    if name not in vars(cls):
-                        # A field object belongs to one class, which writes its name into it.
-                        setattr(cls, name, copy(declared))
-        cls.__annotations__ = {**woven, **inspect.get_annotations(cls)}
+                    if name not in own or name not in vars(cls):
+                        setattr(cls, name, _of_class(declared, vars(cls).get(name, MISSING)))
+        cls.__annotations__ = {**woven, **own}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         names = [field.name for field in _fields(cls) if field.init]
@@ -146,6 +149,14 @@ class Settings:
             if "check_fields" in vars(part):
                 vars(part)["check_fields"](self)
 
+    def wrong(self, field: str, text: str) -> ConfigError:
+        """Return what to raise where a field is wrong beside another: ``expected ..., found ...``, and why."""
+        return ConfigError(f"{type(self).__name__}.{field}: {text}")
+
+    def warn(self, text: str) -> None:
+        """Warn from :meth:`check_fields` about a field, whose name the text starts with."""
+        warnings.warn(f"{type(self).__name__}.{text}", InlayWarning, stacklevel=6)
+
     def __repr__(self) -> str:
         shown = []
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -159,6 +170,16 @@ class Settings:
     def _implied(self, field: dataclasses.Field[Any]) -> Any:
         """Return the value that needs no mention in a repr."""
         return getattr(type(self), field.name, field.default)
+
+
+def _of_class(declared: dataclasses.Field[Any], given: Any) -> Any:
+    """Return a mix-in's field as one class has it, given what that class has under its name."""
+    if isinstance(given, dataclasses.Field):
+        return given
+    field = copy(declared)  # it belongs to one class, which writes its name into it
+    if given is not MISSING:
+        field.default, field.default_factory = given, MISSING
+    return field
 
 
 def _fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:

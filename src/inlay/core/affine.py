@@ -19,7 +19,7 @@ from inlay.core.slot import Init, Slot, zeros
 from inlay.core.stored import matrix_of, stored_dims, stored_of, stored_shape
 from inlay.errors import UnsupportedError
 
-__all__ = ["Affine", "Columns", "Delta", "Dense", "Hadamard", "LowRank", "Site"]
+__all__ = ["Affine", "Columns", "Delta", "Dense", "LowRank", "Site"]
 
 
 class Affine:
@@ -171,9 +171,25 @@ class Site:
         shape, names = self.shape(dims, **sizes)
         return Slot(key, shape, names, init, **(options or {}))
 
+    def constant(
+        self, key: str, dims: str, init: Init = zeros, *, saved: bool = False, dtype: Any = None, **sizes: int
+    ) -> Slot:
+        """Return a slot for a buffer that never trains."""
+        return self.slot(
+            key, dims, init, options={"buffer": True, "trainable": False, "saved": saved, "dtype": dtype}, **sizes
+        )
+
     def along_output(self, vector: Tensor) -> Tensor:
         """Shape a vector (out,) so that it multiplies the layer's output by feature or channel."""
         return vector.view(-1, *([1] * len(self.kernel))) if self.kernel else vector
+
+    def channels_last(self, y: Tensor) -> Tensor:
+        """Move the channels of an output, or of an input of such a form, to the last axis."""
+        return y.movedim(-1 - len(self.kernel), -1)
+
+    def channels_back(self, y: Tensor) -> Tensor:
+        """Undo :meth:`channels_last`."""
+        return y.movedim(-1, -1 - len(self.kernel))
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """Flatten everything behind the row axis: a kernel (out, in, kh, kw) becomes (out, in * kh * kw)."""
@@ -254,23 +270,6 @@ class LowRank(Delta):
             )
         A = self.A.to(self.B.dtype) if self.A.dtype != self.B.dtype else self.A
         return torch.matmul(self.B, A) * self.scale
-
-
-class Hadamard(Delta):
-    """The elementwise product of two low-rank updates, ``(A1 B1) * (A2 B2)``.
-
-    Args:
-        A1, A2: (*experts, out, r).
-        B1, B2: (*experts, r, fan_in).
-    """
-
-    def __init__(self, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> None:
-        self.factors = ((A1, B1), (A2, B2))
-        self.scale = 1.0
-
-    def dense(self) -> Tensor:
-        first, second = (torch.matmul(A, B) for A, B in self.factors)
-        return first * second * self.scale
 
 
 class Columns(Delta):

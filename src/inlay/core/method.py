@@ -17,13 +17,18 @@ from inlay.config.defaults import default_targets
 from inlay.core.affine import Affine, Delta, Site
 from inlay.core.hooks import Hooks
 from inlay.core.patterns import pattern_key, pattern_value
-from inlay.core.slot import Slot
+from inlay.core.slot import Init, Slot, zeros
 from inlay.errors import TargetError, UnsupportedError
 
 if TYPE_CHECKING:
     from inlay.core.inner import Inner
+else:
+    Inner = Any  # named in annotations alone; to import it takes as long as all of this
 
-__all__ = ["Method", "P"]
+__all__ = ["Inner", "Method", "P"]
+
+# What a pattern field is called that says another number for some modules, where that is not ``<field>_pattern``.
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
 class P:
@@ -65,7 +70,7 @@ class P:
 @cache
 def _patterned(cls: type[Method]) -> tuple[str, ...] | None:
     """Return ``patterned`` of a class, None where a subclass answers otherwise than the class that declared it."""
-    answers = {"alike", "options", "patterned", "note", "refuse", "slots"}
+    answers = {"alike", "numbers", "options", "patterned", "note", "refuse", "slots"}
     first = next(one for one in cls.__mro__ if not answers.isdisjoint(one.__dict__))
     return first.__dict__.get("patterned")
 
@@ -89,6 +94,7 @@ class Method(Hooks):
         scales_rows: ``forward`` is nothing but ``inner.plus`` with a gain (DoRA), which has a fast path over the base.
         unread: options that the mathematics does not read; compiled code must not depend on their values.
         shown: config fields that can be read on a layer by adapter name (``layer.use_dora["default"]``).
+        numbers: config fields that are the ``options`` of a layer, where a pattern field may say otherwise of one.
         patterned: the pattern fields of the config, where they are all that tells sites of one form apart: ``slots``,
             ``options``, ``refuse`` and ``note`` are then asked once for all alike. None: they are asked for every site.
     """
@@ -108,6 +114,7 @@ class Method(Hooks):
     scales_rows: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
     shown: ClassVar[tuple[str, ...]] = ()
+    numbers: ClassVar[tuple[str, ...]] = ()
     patterned: ClassVar[tuple[str, ...] | None] = None
 
     def __init__(self, config: Any) -> None:
@@ -117,6 +124,11 @@ class Method(Hooks):
     def by_pattern(self, field: str, site: Site, default: Any) -> Any:
         """Return the value that a pattern field of the config (``rank_pattern``) gives for a site."""
         return pattern_value(getattr(self.config, field), site.patterns or site.name, default, self.prefix_patterns)
+
+    def number(self, field: str, site: Site) -> Any:
+        """Return a number of the config, or the one that its pattern field gives instead for a site."""
+        value, pattern = getattr(self.config, field), _PATTERNS.get(field, f"{field}_pattern")
+        return self.by_pattern(pattern, site, value) if getattr(self.config, pattern, None) else value
 
     def means(self, field: str, key: str, site: Site) -> bool:
         """Whether a key of a pattern field of the config means a site."""
@@ -146,6 +158,10 @@ class Method(Hooks):
     def identity(self) -> bool:
         """Whether a fresh adapter leaves the output as it is."""
         return bool(getattr(self.config, "init_weights", True))
+
+    def still_or(self, noise: Init) -> Init:
+        """Return zeros where a fresh adapter leaves the output as it is, and ``noise`` where it does not."""
+        return zeros if self.identity else noise
 
     @property
     def additive(self) -> bool:
@@ -190,7 +206,7 @@ class Method(Hooks):
 
     def options(self, site: Site) -> dict[str, Any]:
         """Return the numbers of a site (``r``, ``scaling``, ...) that users may read and change on the layer."""
-        return {}
+        return {field: self.number(field, site) for field in self.numbers}
 
     def refuse(self, site: Site) -> str | None:
         """Return one sentence that says why mathematics forbids this method at the site, or None."""

@@ -1,19 +1,14 @@
-"""Methods that add an update which is made from the untouched weight."""
+"""Methods that add an update which is made from a weight: from the untouched one, or from what is below."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from inlay.core.affine import Affine, Delta, Site
-from inlay.core.method import Method, P
+from inlay.core.affine import Affine, Delta, Dense, Site
+from inlay.core.method import Inner, Method, P
 
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
-
-__all__ = ["Modulated", "ReadsBase"]
+__all__ = ["Modulated", "ReadsBase", "ReadsBelow"]
 
 
 class Modulated(Delta):
@@ -57,3 +52,24 @@ class ReadsBase(Method):
 
     def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
         return inner.plus(x, p, self.change(site, p, inner.base_affine()).scaled(p.scaling))
+
+
+class ReadsBelow(Method):
+    """What is added depends on the weight as it is below, so that the order of adapters matters.
+
+    A subclass gives ``slots`` and ``change``.
+    """
+
+    def change(self, site: Site, p: P, weight: Tensor) -> Tensor:
+        """Return what is added to a weight, (*experts, out, fan_in)."""
+        raise NotImplementedError
+
+    def rewrite(self, site: Site, p: P, layer: Affine, base: Affine) -> Affine:
+        return Affine(layer.weight + self.change(site, p, layer.weight), layer.bias)
+
+    def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
+        dropped = p.drop(x)
+        if dropped is x:
+            return super().forward(site, p, x, inner)
+        y = inner(x)
+        return (y + inner.apply(dropped, Dense(self.change(site, p, inner.affine().weight)))).to(y.dtype)

@@ -278,8 +278,7 @@ class InputRotation(Method):
         if math.prod(site.kernel) > 1:  # one patch overlaps the next, so only the weight can take the rotation
             return inner.run(x, self.rotated(site, inner.affine(), rotation))
         if site.kernel:
-            channel = -1 - len(site.kernel)
-            return inner(self.read(x.movedim(channel, -1), rotation, inner).movedim(-1, channel))
+            return inner(site.channels_back(self.read(site.channels_last(x), rotation, inner)))
         return inner(self.read(x, rotation, inner))
 
     @staticmethod

@@ -51,12 +51,13 @@ class Normal:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Draw uniformly from [-bound, bound]."""
+    """Draw uniformly from [-bound, bound], or from [low, bound]."""
 
     bound: float
+    low: float | None = None
 
     def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.uniform_(-self.bound, self.bound, generator=generator)
+        tensor.uniform_(-self.bound if self.low is None else self.low, self.bound, generator=generator)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inlay.core.affine import Delta
 
-__all__ = ["BlockLowRank", "Circulant", "Kron", "Repeated", "Sandwich", "Sparse", "Structured", "Synthesis"]
+__all__ = ["BlockLowRank", "Circulant", "Hadamard", "Kron", "Repeated", "Sandwich", "Sparse", "Structured", "Synthesis"]
 
 
 class Structured(Delta):
@@ -46,6 +46,23 @@ class Structured(Delta):
 
     def dense(self) -> Tensor:
         return self.matrix() * self.scale
+
+
+class Hadamard(Delta):
+    """The elementwise product of two low-rank updates, ``(A1 B1) * (A2 B2)``.
+
+    Args:
+        A1, A2: (*experts, out, r).
+        B1, B2: (*experts, r, fan_in).
+    """
+
+    def __init__(self, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> None:
+        self.factors = ((A1, B1), (A2, B2))
+        self.scale = 1.0
+
+    def dense(self) -> Tensor:
+        first, second = (torch.matmul(A, B) for A, B in self.factors)
+        return first * second * self.scale
 
 
 class Kron(Structured):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,19 +11,9 @@ from inlay.core.clusters import cluster
 from inlay.core.lifecycle import Stepped
 from inlay.core.method import P
 
-__all__ = ["Rows", "allocate", "main_directions", "row_groups"]
+__all__ = ["allocate", "main_directions", "row_groups"]
 
 SEED = 123456789  # of the clusters; PEFT's, whose files do not say which row is in which group
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Fill with row numbers."""
-
-    rows: tuple[int, ...]
-
-    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.copy_(torch.tensor(self.rows))
 
 
 def main_directions(matrix: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from inlay.core.affine import Site
 from inlay.core.call import Call, call_in_force
 from inlay.errors import RoutingError
 
 if TYPE_CHECKING:
     from inlay.core.layer import AdaptedLayer
 
-__all__ = ["run_apart", "tasks_of"]
+__all__ = ["checked_tasks", "run_apart", "tasks_of"]
 
 _TASKS = "inlay_task_ids"
 
@@ -35,6 +37,23 @@ def tasks_of(layer: AdaptedLayer, x: Tensor) -> Tensor | None:
         return _local.rows
     call = call_in_force(layer.state, layer.training)
     return None if call is None else _for_rows(layer, call, x)
+
+
+def checked_tasks(site: Site, tasks: Tensor | None, count: int) -> Tensor | None:
+    """Return the tasks of an adapter that has ``count`` of them, None where none was chosen and there is only one.
+
+    Raises:
+        RoutingError: none was chosen out of several, or one that is none of them.
+    """
+    if tasks is None:
+        if count > 1:
+            raise RoutingError(
+                f"{site.name!r}: the adapter has {count} tasks, and none was chosen; pass task_ids with one for each "
+                "sample"
+            )
+    elif not torch.compiler.is_compiling() and not 0 <= int(tasks.min()) <= int(tasks.max()) < count:
+        raise RoutingError(f"task_ids: expected numbers below n_tasks={count}, found {tasks.tolist()}")
+    return tasks
 
 
 def _for_rows(layer: AdaptedLayer, call: Call, x: Tensor) -> Tensor | None:

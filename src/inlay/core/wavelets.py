@@ -13,7 +13,9 @@ from functools import lru_cache
 from torch import Tensor
 from torch.nn.functional import conv1d, conv_transpose1d, pad
 
-__all__ = ["Synthesiser", "filters", "wavelets"]
+from inlay.errors import did_you_mean
+
+__all__ = ["Synthesiser", "filters", "no_wavelet", "padded", "wavelets"]
 
 # the low-pass synthesis filter of each; its square sum is 1
 _LOW_PASS = {
@@ -99,6 +101,13 @@ _LOW_PASS |= {"haar": _LOW_PASS["db1"], "sym2": _LOW_PASS["db2"], "sym3": _LOW_P
 def wavelets() -> list[str]:
     """Return the names that :func:`filters` knows."""
     return list(_LOW_PASS)
+
+
+def no_wavelet(name: str) -> str | None:
+    """Return what was expected where a name is none that :func:`filters` knows, or None."""
+    if name in _LOW_PASS:
+        return None
+    return f"an orthogonal wavelet (db1 to db10, sym2 to sym10, coif1 to coif5){did_you_mean(name, wavelets())}"
 
 
 @lru_cache(maxsize=64)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.affine import Columns, Delta, Hadamard, LowRank, Site
+from inlay.core.affine import Columns, Delta, LowRank, Site
 from inlay.core.reading import Modulated
-from inlay.core.structured import BlockLowRank, Circulant, Kron, Repeated, Sparse
+from inlay.core.structured import BlockLowRank, Circulant, Hadamard, Kron, Repeated, Sparse
 from inlay.kernels.table import FAST, fast_path
 
 __all__ = ["Bags", "pool"]

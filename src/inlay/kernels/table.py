@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.affine import Affine, Columns, Delta, Hadamard, LowRank, Site
+from inlay.core.affine import Affine, Columns, Delta, LowRank, Site
 from inlay.core.dtype import product_dtype
 from inlay.core.kind import Kind
 from inlay.core.reading import Modulated
-from inlay.core.structured import Structured
+from inlay.core.structured import Hadamard, Structured
 from inlay.parallel.tensors import decide, summed
 
 __all__ = ["FAST", "apply_delta", "embed_scale", "fast_path", "look_up", "pad_input"]

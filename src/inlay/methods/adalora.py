@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +16,7 @@ from inlay.core.lifecycle import Stepped, moving_importance
 from inlay.core.method import Method, P
 from inlay.core.registry import register_method
 from inlay.core.slot import Constant, Normal, Slot, zeros
-from inlay.errors import ConfigError, InlayWarning, StateError
+from inlay.errors import StateError
 from inlay.methods.lora import LoraConfig
 
 __all__ = ["AdaLoRA", "AdaLoraConfig"]
@@ -50,31 +49,23 @@ class AdaLoraConfig(LoraConfig):
     )
 
     def check_fields(self) -> None:
-        owner = type(self).__name__
         self.rank_pattern = self.rank_pattern or None
         if self.total_step is None:
-            raise ConfigError(f"{owner}.total_step: expected the number of training steps, found None")
+            raise self.wrong("total_step", "expected the number of training steps, found None")
         if self.tinit >= self.total_step - self.tfinal:
-            raise ConfigError(
-                f"{owner}.total_step: expected more than tinit + tfinal = {self.tinit + self.tfinal}, so that there "
-                f"are steps in which ranks fall; found {self.total_step}"
-            )
+            wanted = f"expected more than tinit + tfinal = {self.tinit + self.tfinal}"
+            why = "so that there are steps in which ranks fall"
+            raise self.wrong("total_step", f"{wanted}, {why}; found {self.total_step}")
         for field in _OTHERS:
             if getattr(self, field):
-                raise ConfigError(f"{owner}.{field}: an option of LoRA that AdaLoRA has no use for; leave it out")
+                raise self.wrong(field, "an option of LoRA that AdaLoRA has no use for; leave it out")
         if not isinstance(self.init_lora_weights, bool):
-            raise ConfigError(
-                f"{owner}.init_lora_weights: expected True or False, found {self.init_lora_weights!r}; AdaLoRA has a "
-                "start of its own"
-            )
+            found = f"found {self.init_lora_weights!r}; AdaLoRA has a start of its own"
+            raise self.wrong("init_lora_weights", f"expected True or False, {found}")
         if self.r != 8:
-            warnings.warn(f"{owner}.r is not read; init_r is the rank at the start", InlayWarning, stacklevel=5)
+            self.warn("r is not read; init_r is the rank at the start")
         if self.target_r > self.init_r:
-            warnings.warn(
-                f"{owner}.target_r={self.target_r} is above init_r={self.init_r}, so no rank will be taken away",
-                InlayWarning,
-                stacklevel=5,
-            )
+            self.warn(f"target_r={self.target_r} is above init_r={self.init_r}, so no rank will be taken away")
 
 
 _OTHERS = ("use_dora", "use_rslora", "lora_bias", "loftq_config", "alpha_pattern", "eva_config", "corda_config")

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.config import LayerFields, PeftConfig, PeftType, SavedModulesField, TargetField, setting, settings
+from inlay.config import BlockTargetField, PeftConfig, PeftType, setting, settings
 from inlay.core.affine import Affine, LowRank, Site
+from inlay.core.fills import Given
 from inlay.core.lifecycle import Stepped
 from inlay.core.method import Method, P
 from inlay.core.registry import register_method
-from inlay.core.slot import Normal, Slot, zeros
-from inlay.core.subspaces import Rows, allocate, main_directions, row_groups
-from inlay.errors import ConfigError
+from inlay.core.slot import Normal, Slot
+from inlay.core.subspaces import allocate, main_directions, row_groups
 
 __all__ = ["AdaMSS", "AdamssConfig"]
 
@@ -26,7 +26,7 @@ __all__ = ["AdaMSS", "AdamssConfig"]
     "layers_pattern use_asa asa_target_subspaces init_warmup final_warmup mask_interval asa_importance_beta "
     "asa_uncertainty_beta asa_schedule_exponent use_dynamic_rank svd_threshold random_seed"
 )
-class AdamssConfig(TargetField, SavedModulesField, LayerFields, PeftConfig):
+class AdamssConfig(BlockTargetField, PeftConfig):
     """Configuration of AdaMSS."""
 
     peft_type = PeftType.ADAMSS
@@ -61,26 +61,23 @@ class AdamssConfig(TargetField, SavedModulesField, LayerFields, PeftConfig):
     random_seed: int = setting(default=0, doc="Seed of the approximate decomposition.")
 
     def check_fields(self) -> None:
-        owner = type(self).__name__
         if self.init_weights is False:
             self.init_weights = None
         if self.init_weights not in ("orthogonal", None):
-            raise ConfigError(f"{owner}.init_weights: expected 'orthogonal' or None, found {self.init_weights!r}")
+            raise self.wrong("init_weights", f"expected 'orthogonal' or None, found {self.init_weights!r}")
         for field in ("mask_interval", "asa_target_subspaces", "asa_schedule_exponent") if self.use_asa else ():
             if getattr(self, field) <= 0:
-                raise ConfigError(f"{owner}.{field}: expected more than 0 with use_asa, found {getattr(self, field)!r}")
+                raise self.wrong(field, f"expected more than 0 with use_asa, found {getattr(self, field)!r}")
         if self.use_asa and self.init_warmup >= self.final_warmup:
-            raise ConfigError(
-                f"{owner}.init_warmup: expected less than final_warmup={self.final_warmup} with use_asa, found "
-                f"{self.init_warmup}"
-            )
+            wanted = f"expected less than final_warmup={self.final_warmup} with use_asa"
+            raise self.wrong("init_warmup", f"{wanted}, found {self.init_warmup}")
 
 
 @dataclass(frozen=True)
 class Groups:
     """What a layer's weight says: rows in the order of their groups, and the sizes and ranks of these."""
 
-    order: Rows
+    order: tuple[int, ...]
     sizes: tuple[int, ...]
     ranks: tuple[int, ...]
 
@@ -121,7 +118,7 @@ class AdaMSS(Method):
                 values = torch.linalg.svdvals(U[rows]).square()
                 rank = max(1, min(rank, int((values > config.svd_threshold * values[0]).sum())))
             ranks.append(rank)
-        order = Rows(tuple(torch.cat(found).tolist()))
+        order = tuple(torch.cat(found).tolist())
         self.groups[site.patterns or site.name] = Groups(order, tuple(map(len, found)), tuple(ranks))
 
     def groups_at(self, site: Site) -> Groups:
@@ -132,24 +129,22 @@ class AdaMSS(Method):
         rows = site.out * math.prod(site.experts)
         parts = torch.arange(rows).chunk(min(self.config.num_subspaces, rows))
         sizes = tuple(map(len, parts))
-        return Groups(Rows(tuple(range(rows))), sizes, tuple(min(n, self.config.subspace_rank) for n in sizes))
+        return Groups(tuple(range(rows)), sizes, tuple(min(n, self.config.subspace_rank) for n in sizes))
 
     def options(self, site: Site) -> dict[str, Any]:
         return {"num_subspaces": len(self.groups_at(site).sizes)}
 
     def slots(self, site: Site) -> dict[str, Slot]:
         groups = self.groups_at(site)
-        rows, columns = len(groups.order.rows), site.fan_in + site.bias
+        rows, columns = len(groups.order), site.fan_in + site.bias
         r = min(self.config.r, rows, columns)
-        start = zeros if self.identity else Normal(0.01)
-        fixed: dict[str, Any] = {"buffer": True, "trainable": False}
+        start = self.still_or(Normal(0.01))
         slots = {}
         for i, (size, rank) in enumerate(zip(groups.sizes, groups.ranks, strict=True)):
             slots[f"A{i}"] = site.slot(f"adamss_A.*.{i}", "k r", k=rank, r=r)
             slots[f"B{i}"] = site.slot(f"adamss_B.*.{i}", "n k", start, n=size, k=rank)
-        slots["P"] = site.slot("adamss_newB.*", "r c", options=fixed, r=r, c=columns)
-        hidden = {**fixed, "saved": False, "dtype": torch.int64}
-        slots["rows"] = site.slot("adamss_rows.*", "n", groups.order, options=hidden, n=rows)
+        slots["P"] = site.constant("adamss_newB.*", "r c", saved=True, r=r, c=columns)
+        slots["rows"] = site.constant("adamss_rows.*", "n", Given(groups.order), dtype=torch.int64, n=rows)
         return slots
 
     def prepare(self, site: Site, p: P, layer: Affine) -> None:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inlay.config import (
-    FanInFanOutField,
-    LayerFields,
-    PeftConfig,
-    PeftType,
-    TargetFields,
-    bias_setting,
-    setting,
-    settings,
-)
+from inlay.config import MatrixTargetFields, PeftConfig, PeftType, bias_setting, check_one_given, setting, settings
 from inlay.core.affine import Affine, Site
-from inlay.core.method import P
+from inlay.core.dtype import merge_dtype
+from inlay.core.method import Inner, P
 from inlay.core.registry import register_method
 from inlay.core.rotation import Butterfly, InputRotation, Rotation, cayley
 from inlay.core.slot import Constant, Normal, Slot, zeros
-from inlay.errors import ConfigError
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
 
 __all__ = ["BOFT", "BOFTConfig"]
 
@@ -34,7 +22,7 @@ __all__ = ["BOFT", "BOFTConfig"]
     positional="boft_block_size boft_block_num boft_n_butterfly_factor target_modules exclude_modules boft_dropout "
     "fan_in_fan_out bias modules_to_save init_weights layers_to_transform layers_pattern"
 )
-class BOFTConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
+class BOFTConfig(MatrixTargetFields, PeftConfig):
     """Configuration of BOFT. One of ``boft_block_size`` and ``boft_block_num`` is given, the other is 0."""
 
     peft_type = PeftType.BOFT
@@ -61,11 +49,7 @@ class BOFTConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
     init_weights: bool = setting(default=True, doc="Start from the identity; otherwise from small random rotations.")
 
     def check_fields(self) -> None:
-        if (self.boft_block_size == 0) == (self.boft_block_num == 0):
-            raise ConfigError(
-                f"{type(self).__name__}: expected one of boft_block_size and boft_block_num, the other 0, found "
-                f"boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num}."
-            )
+        check_one_given(self, "boft_block_size", "boft_block_num")
 
 
 @register_method
@@ -121,7 +105,7 @@ class BOFT(InputRotation):
     @staticmethod
     def turns(p: P) -> Tensor:
         """Return each block less the identity, (*experts, m, n, b, b)."""
-        R = p.R if p.R.dtype == torch.float64 else p.R.float()
+        R = p.R.to(merge_dtype(p.R.dtype))
         return cayley(0.5 * (R - R.mT))
 
     def varied(self, site: Site, p: P) -> Rotation:

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
-from inlay.config import (
-    LayerFields,
-    PeftConfig,
-    PeftType,
-    SavedModulesField,
-    TargetField,
-    bias_setting,
-    check_pattern_keys,
-    setting,
-    settings,
-)
+from inlay.config import BlockTargetField, PeftConfig, PeftType, bias_setting, check_pattern_keys, setting, settings
 from inlay.core.affine import Site
+from inlay.core.divisors import undivided
 from inlay.core.method import Method, P
 from inlay.core.registry import register_method
 from inlay.core.slot import Init, Normal, Slot, Uniform, zeros
@@ -29,7 +20,7 @@ __all__ = ["C3A", "C3AConfig"]
     positional="block_size target_modules bias modules_to_save layers_to_transform layers_pattern block_size_pattern "
     "init_weights"
 )
-class C3AConfig(TargetField, SavedModulesField, LayerFields, PeftConfig):
+class C3AConfig(BlockTargetField, PeftConfig):
     """Configuration of C3A."""
 
     peft_type = PeftType.C3A
@@ -63,6 +54,7 @@ class C3A(Method):
     config_class = C3AConfig
     linear = ("kernel",)
     prefix = "c3a_"
+    numbers = ("block_size",)
     patterned = ("block_size_pattern",)
     config: C3AConfig
 
@@ -70,15 +62,8 @@ class C3A(Method):
     def identity(self) -> bool:
         return self.config.init_weights is True
 
-    def options(self, site: Site) -> dict[str, Any]:
-        return {"block_size": self.by_pattern("block_size_pattern", site, self.config.block_size)}
-
     def refuse(self, site: Site) -> str | None:
-        b = self.options(site)["block_size"]
-        if site.out % b or site.fan_in % b:
-            common = math.gcd(site.out, site.fan_in)
-            return f"block_size={b} does not divide a weight of {site.out} x {site.fan_in}; a divisor of {common} would"
-        return None
+        return undivided(site, "block_size", self.number("block_size", site))
 
     def start(self, site: Site) -> Init:
         """Return what fills the kernels."""
@@ -92,7 +77,7 @@ class C3A(Method):
         return Uniform(math.sqrt(6 / (site.fan_in + site.out)))
 
     def slots(self, site: Site) -> dict[str, Slot]:
-        b = self.options(site)["block_size"]
+        b = self.number("block_size", site)
         sizes = {"m": site.out // b, "n": site.fan_in // b, "b": b}
         return {"kernel": site.slot("c3a_kernel.*", "*experts m n b", self.start(site), **sizes)}
 

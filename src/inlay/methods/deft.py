@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inlay.config import (
-    FanInFanOutField,
-    LayerFields,
-    PeftConfig,
-    PeftType,
-    TargetFields,
-    bias_setting,
-    setting,
-    settings,
-)
+from inlay.config import MatrixTargetFields, PeftConfig, PeftType, bias_setting, dropout_setting, setting, settings
 from inlay.core.affine import Affine, LowRank, Site
-from inlay.core.method import P
+from inlay.core.dtype import merge_dtype
+from inlay.core.method import Inner, P
 from inlay.core.reading import ReadsBase
 from inlay.core.registry import register_method
 from inlay.core.slot import Normal, Slot, zeros
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
 
 __all__ = ["DEFT", "DeftConfig"]
 
@@ -33,7 +22,7 @@ __all__ = ["DEFT", "DeftConfig"]
     positional="r target_modules exclude_modules decomposition_method init_scale alpha para fan_in_fan_out "
     "deft_dropout init_weights layers_to_transform layers_pattern bias modules_to_save"
 )
-class DeftConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
+class DeftConfig(MatrixTargetFields, PeftConfig):
     """Configuration of DEFT."""
 
     peft_type = PeftType.DEFT
@@ -54,9 +43,7 @@ class DeftConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
     para: bool = setting(
         default=False, doc="Only take, give nothing (PaRa); it changes the output from the start.", parameters="no R"
     )
-    deft_dropout: float = setting(
-        default=0.0, doc="Probability of dropping an input element of what is given.", ge=0.0, lt=1.0
-    )
+    deft_dropout: float = dropout_setting("what is given")
     init_weights: bool = setting(default=True, doc="Start from no change; otherwise what is given is random.")
     bias: str = bias_setting("deft")
 
@@ -102,7 +89,7 @@ class DEFT(ReadsBase):
 
     def projection(self, p: P) -> tuple[Tensor, Tensor]:
         """Return Q and S, (*experts, out, r) each, in at least float32."""
-        P = p.P if p.P.dtype == torch.float64 else p.P.float()
+        P = p.P.to(merge_dtype(p.P.dtype))
         if self.config.decomposition_method == "relu":
             return P, P.relu()
         Q, _ = torch.linalg.qr(P)
@@ -124,11 +111,10 @@ class DEFT(ReadsBase):
         given = None if R is None else LowRank(Q, R.to(S.dtype) * p.deft_scaling)
         if inner.is_base and site.groups == 1 and not site.elementwise:  # the layer has made the product with W
             y, bias = inner(x), inner.bias()
-            plain = y if bias is None else y - site.along_output(bias)
-            channel, dtype = -1 - len(site.kernel), inner.product_dtype(y, Q.dtype)
-            along = torch.einsum("...o,or->...r", plain.movedim(channel, -1).to(dtype), S.to(dtype))
+            plain, dtype = y if bias is None else y - site.along_output(bias), inner.product_dtype(y, Q.dtype)
+            along = torch.einsum("...o,or->...r", site.channels_last(plain).to(dtype), S.to(dtype))
             taken = torch.einsum("...r,or->...o", along, Q.to(dtype))
-            y = (y - taken.movedim(-1, channel)).to(y.dtype)
+            y = (y - site.channels_back(taken)).to(y.dtype)
         elif dropped is x:
             return inner.plus(x, P(), self.change(site, p, inner.base_affine()))
         else:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from inlay.config import (
-    LayerFields,
+    BlockTargetFields,
     PeftConfig,
     PeftType,
     RankPatternField,
-    TargetFields,
     bias_setting,
     check_pattern_keys,
+    dropout_setting,
     setting,
     settings,
 )
 from inlay.core.affine import Affine, LowRank, Site
 from inlay.core.method import Method, P
 from inlay.core.registry import register_method
-from inlay.core.slot import Constant, Init, KaimingUniform, Slot, zeros
+from inlay.core.slot import Constant, KaimingUniform, Slot
 
 __all__ = ["DeLoRA", "DeloraConfig"]
 
@@ -29,7 +27,7 @@ _SHORTEST = 1e-4  # a vector that is shorter counts as this long
     positional="r delora_lambda module_dropout target_modules exclude_modules bias init_weights layers_to_transform "
     "layers_pattern rank_pattern lambda_pattern modules_to_save"
 )
-class DeloraConfig(TargetFields, LayerFields, RankPatternField, PeftConfig):
+class DeloraConfig(BlockTargetFields, RankPatternField, PeftConfig):
     """Configuration of DeLoRA."""
 
     peft_type = PeftType.DELORA
@@ -38,9 +36,7 @@ class DeloraConfig(TargetFields, LayerFields, RankPatternField, PeftConfig):
     delora_lambda: int | float = setting(
         default=15, doc="Where the trained bound on the strength starts, relative to the columns of the weight."
     )
-    module_dropout: float = setting(
-        default=0.0, doc="Probability of dropping an input element of the update.", ge=0.0, lt=1.0
-    )
+    module_dropout: float = dropout_setting()
     bias: str = bias_setting("delora")
     init_weights: bool = setting(default=True, doc="Start from no change; otherwise both factors are random.")
     lambda_pattern: dict[str, float] | None = setting(
@@ -58,15 +54,10 @@ class DeLoRA(Method):
     config_class = DeloraConfig
     prefix = "delora_"
     dropout_field = "module_dropout"
+    skip_probability = 0.0  # module_dropout drops input elements here
+    numbers = ("r",)
     patterned = ("rank_pattern", "lambda_pattern")
     config: DeloraConfig
-
-    @property
-    def skip_probability(self) -> float:
-        return 0.0  # module_dropout drops input elements here
-
-    def options(self, site: Site) -> dict[str, Any]:
-        return {"r": self.by_pattern("rank_pattern", site, self.config.r)}
 
     def refuse(self, site: Site) -> str | None:
         if site.fan_in == 1:
@@ -74,15 +65,14 @@ class DeLoRA(Method):
         return None
 
     def slots(self, site: Site) -> dict[str, Slot]:
-        r = self.options(site)["r"]
+        r = self.number("r", site)
         bound = float(self.by_pattern("lambda_pattern", site, self.config.delora_lambda))
-        up: Init = zeros if self.config.init_weights else KaimingUniform(fan=r)
-        held = {"buffer": True, "trainable": False}
+        up = self.still_or(KaimingUniform(fan=r))
         return {
             "A": site.slot("delora_A.*", "*experts r fan_in", KaimingUniform(fan=site.fan_in), r=r),
             "B": site.slot("delora_B.*", "*experts out r", up, r=r),
             "bound": site.slot("delora_lambda.*", "1", Constant(bound)),
-            "norms": site.slot("delora_w_norm.*", "*experts fan_in", Constant(1.0), options=held),
+            "norms": site.constant("delora_w_norm.*", "*experts fan_in", Constant(1.0), saved=True),
         }
 
     def prepare(self, site: Site, p: P, layer: Affine) -> None:

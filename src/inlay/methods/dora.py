@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from inlay.core.affine import Affine, Site
-from inlay.core.method import P
+from inlay.core.method import Inner, P
 from inlay.core.remember import remembered
 from inlay.core.row_norms import norms_with
 from inlay.core.slot import Constant, Slot
 from inlay.methods.lora import LoRA
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
 
 __all__ = ["DoRA"]
 

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inlay.config import (
-    FanInFanOutField,
-    LayerFields,
-    PeftConfig,
-    PeftType,
-    ProjectionFields,
-    SavedModulesField,
-    TargetField,
-    bias_setting,
-    setting,
-    settings,
-)
+from inlay.config import PeftConfig, PeftType, ProjectionFields, bias_setting, dropout_setting, setting, settings
 from inlay.core.affine import Affine, LowRank, Site
 from inlay.core.joint_basis import joint_basis, role_of
-from inlay.core.method import Method, P
+from inlay.core.method import Inner, Method, P
+from inlay.core.places import OffDiagonal
 from inlay.core.registry import register_method
-from inlay.core.slot import Constant, Normal, Slot, zeros
-from inlay.errors import ConfigError, UnsupportedError
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
+from inlay.core.slot import Constant, Normal, Slot
+from inlay.errors import UnsupportedError
 
 __all__ = ["FRoD", "FrodConfig"]
 
@@ -40,14 +25,12 @@ __all__ = ["FRoD", "FrodConfig"]
     "init_weights layers_to_transform layers_pattern sparse_rate regularization_alpha progressbar "
     "runtime_offload_base_weight"
 )
-class FrodConfig(TargetField, SavedModulesField, LayerFields, ProjectionFields, FanInFanOutField, PeftConfig):
+class FrodConfig(ProjectionFields, PeftConfig):
     """Configuration of FRoD."""
 
     peft_type = PeftType.FROD
 
-    frod_dropout: float = setting(
-        default=0.0, doc="Probability of dropping an input element of the update.", ge=0.0, lt=1.0
-    )
+    frod_dropout: float = dropout_setting()
     bias: str = bias_setting("frod")
     init_weights: bool = setting(default=True, doc="Start from no change; otherwise every trained tensor is random.")
     sparse_rate: float = setting(
@@ -65,34 +48,8 @@ class FrodConfig(TargetField, SavedModulesField, LayerFields, ProjectionFields, 
 
     def check_fields(self) -> None:
         if self.runtime_offload_base_weight:
-            raise ConfigError(
-                f"{type(self).__name__}.runtime_offload_base_weight: expected False, found True: the update is added "
-                "to the base product, so the base weight stays where it is"
-            )
-
-
-@lru_cache(maxsize=4)
-def _drawn(key: int, sizes: tuple[tuple[int, int], ...]) -> list[Tensor]:
-    """Return the entries off the diagonal that train, (2, n) for each (size, n), all from one stream, as in PEFT."""
-    stream = torch.Generator().manual_seed(key)
-    found = []
-    for size, count in sizes:
-        chosen = torch.randperm(size * size - size, generator=stream)[:count] if count else torch.empty(0).long()
-        rows = torch.div(chosen, max(1, size - 1), rounding_mode="floor")
-        columns = chosen % max(1, size - 1)
-        found.append(torch.stack([rows, columns + (columns >= rows)]))
-    return found
-
-
-@dataclass(frozen=True)
-class Places:
-    """Fill with the entries of one role; ``sizes`` are those of the roles up to it."""
-
-    key: int
-    sizes: tuple[tuple[int, int], ...]
-
-    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.copy_(_drawn(self.key, self.sizes)[-1])
+            because = "the update is added to the base product, so the base weight stays where it is"
+            raise self.wrong("runtime_offload_base_weight", f"expected False, found True: {because}")
 
 
 @register_method
@@ -132,7 +89,7 @@ class FRoD(Method):
         for role in sorted(roles):
             size, count = roles[role].fan_in, self.count(roles[role])
             sizes.append((size, count))
-            places = Places(self.config.projection_prng_key, tuple(sizes))
+            places = OffDiagonal(self.config.projection_prng_key, tuple(sizes))
             slots[f"V {role}"] = Slot(f"frod_V.{role}.*", (size, size), ("fan_in", "k"), **fixed)
             slots[f"places {role}"] = Slot(f"frod_s_indices.{role}.*", (2, count), ("2", "n"), places, **whole)
             slots[f"size {role}"] = Slot(f"frod_s_size.{role}.*", (2,), ("2",), Constant(size), **whole)
@@ -143,13 +100,12 @@ class FRoD(Method):
         return {name: shared[f"{name} {role}"] for name in ("V", "places")}
 
     def slots(self, site: Site) -> dict[str, Slot]:
-        size, start = site.fan_in, zeros if self.identity else Normal(0.1)
-        fixed = {"buffer": True, "trainable": False, "saved": False}
+        size, start = site.fan_in, self.still_or(Normal(0.1))
         slots = {
             "l": site.slot("frod_lambda_l.*", "*experts k", start, k=size),
             "s": site.slot("frod_lambda_s_values.*", "*experts n", start, n=self.count(site)),
-            "U": site.slot("frod_U.*", "*experts out k", options=fixed, k=size),
-            "l0": site.slot("frod_lambda_l_init.*", "*experts k", options=fixed, k=size),
+            "U": site.constant("frod_U.*", "*experts out k", k=size),
+            "l0": site.constant("frod_lambda_l_init.*", "*experts k", k=size),
         }
         if size == 1:  # a single column has nothing off the diagonal
             del slots["s"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from inlay.core.affine import Affine, Dense, Site
 from inlay.core.method import P
 from inlay.core.reading import ReadsBase
 from inlay.core.registry import register_method
-from inlay.core.slot import Init, KaimingUniform, Normal, Slot, zeros
+from inlay.core.slot import KaimingUniform, Normal, Slot
 
 __all__ = ["GLoRA", "GloraConfig"]
 
@@ -51,10 +51,8 @@ class GLoRA(ReadsBase):
 
     config_class = GloraConfig
     prefix = "glora_"
+    numbers = ("r",)
     config: GloraConfig
-
-    def options(self, site: Site) -> dict[str, Any]:
-        return {"r": self.config.r}
 
     def refuse(self, site: Site) -> str | None:
         if any(slot.trainable for slot in self.slots(site).values()):
@@ -66,28 +64,23 @@ class GLoRA(ReadsBase):
         forms = {"A": self.config.config_A_B, "B": self.config.config_A_B}
         bias = {"C": self.config.config_C, "D": self.config.config_D_E, "E": self.config.config_D_E}
         forms |= bias if site.bias else dict.fromkeys(bias, "none")
+        r, noise = self.config.r, Normal(0.02)
         for part, form in forms.items():
             rows, columns = ("fan_in", "1") if part == "C" else ("*experts out", "fan_in")
+            key = f"glora_{part}.*.X"
             if form == "lora":
-                fan = 1 if part == "C" else site.fan_in
-                up, down = f"*experts r {columns}", f"{rows} r"
-                found[f"{part}u"] = self.slot(site, f"{part}.*.Xu", up, KaimingUniform(fan=fan), True)
-                found[f"{part}d"] = self.slot(site, f"{part}.*.Xd", down, KaimingUniform(fan=self.config.r))
+                first, second = KaimingUniform(fan=1 if part == "C" else site.fan_in), KaimingUniform(fan=r)
+                found[f"{part}u"] = site.slot(f"{key}u", f"*experts r {columns}", first, r=r)
+                found[f"{part}d"] = site.slot(f"{key}d", f"{rows} r", self.still_or(second), r=r)
             elif form == "vector":
                 dims, fan = ("out", site.out) if part in "DE" else (f"{rows} 1", 1)
-                found[part] = self.slot(site, f"{part}.*.X", dims, KaimingUniform(fan=fan))
+                found[part] = site.slot(key, dims, self.still_or(KaimingUniform(fan=fan)))
             elif form == "constant":
-                found[part] = self.slot(site, f"{part}.*.X", "*experts 1 1" if site.experts else "1", Normal(0.02))
+                found[part] = site.slot(key, "*experts 1 1" if site.experts else "1", self.still_or(noise))
             elif site.plain:  # PEFT has zeros for what is not there, and its checkpoints hold them
-                nothing = {"buffer": True, "trainable": False}
                 dims = "out" if part in "DE" else f"{rows} {columns}"
-                found[f"{part}0"] = site.slot(f"glora_{part}.*.zeros", dims, options=nothing)
+                found[f"{part}0"] = site.constant(f"glora_{part}.*.zeros", dims, saved=True)
         return found
-
-    def slot(self, site: Site, key: str, dims: str, start: Init, always: bool = False) -> Slot:
-        """Return one slot that starts at zero, or at random."""
-        random = always or not self.config.init_weights
-        return site.slot(f"glora_{key}", dims, start if random else zeros, r=self.config.r)
 
     @staticmethod
     def part(p: P, name: str) -> Tensor | None:

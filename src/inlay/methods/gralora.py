@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from inlay.config import (
-    FanInFanOutField,
-    LayerFields,
-    PeftConfig,
-    PeftType,
-    SavedModulesField,
-    TargetField,
-    bias_setting,
-    setting,
-    settings,
-)
+from inlay.config import MatrixTargetField, PeftConfig, PeftType, bias_setting, dropout_setting, setting, settings
 from inlay.core.affine import Delta, Dense, LowRank, Site
-from inlay.core.method import Method, P
+from inlay.core.divisors import undivided
+from inlay.core.fills import Transposed
+from inlay.core.method import Inner, Method, P
 from inlay.core.registry import register_method
-from inlay.core.slot import Init, KaimingUniform, Slot, zeros
+from inlay.core.slot import KaimingUniform, Slot
 from inlay.core.structured import BlockLowRank
-from inlay.errors import ConfigError
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
 
 __all__ = ["GraLoRA", "GraloraConfig"]
 
@@ -36,7 +22,7 @@ __all__ = ["GraLoRA", "GraloraConfig"]
     positional="r hybrid_r target_modules alpha gralora_dropout gralora_k fan_in_fan_out bias modules_to_save "
     "init_weights layers_to_transform layers_pattern"
 )
-class GraloraConfig(TargetField, SavedModulesField, LayerFields, FanInFanOutField, PeftConfig):
+class GraloraConfig(MatrixTargetField, PeftConfig):
     """Configuration of GraLoRA."""
 
     peft_type = PeftType.GRALORA
@@ -51,30 +37,14 @@ class GraloraConfig(TargetField, SavedModulesField, LayerFields, FanInFanOutFiel
         default=0, doc="Rank of a plain LoRA beside the blocks.", ge=0, parameters="adds hybrid_r * (in + out) a layer"
     )
     alpha: int | float = setting(default=64, doc="Numerator of the scale alpha / (r + hybrid_r).")
-    gralora_dropout: float = setting(
-        default=0.0, doc="Probability of dropping an input element of the update.", ge=0.0, lt=1.0
-    )
+    gralora_dropout: float = dropout_setting()
     gralora_k: int = setting(default=2, doc="Rows and columns of the grid; divides r, inputs and outputs.", gt=0)
     bias: str = bias_setting("gralora")
     init_weights: bool = setting(default=True, doc="Start from no change; otherwise every factor is random.")
 
     def check_fields(self) -> None:
         if self.r % self.gralora_k:
-            raise ConfigError(
-                f"{type(self).__name__}.r: expected a multiple of gralora_k={self.gralora_k}, found {self.r}."
-            )
-
-
-@dataclass(frozen=True)
-class Turned:
-    """Draw the transposed matrices."""
-
-    init: KaimingUniform
-
-    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        drawn = tensor.new_empty(tensor.mT.shape)
-        self.init(drawn, generator)
-        tensor.copy_(drawn.mT)
+            raise self.wrong("r", f"expected a multiple of gralora_k={self.gralora_k}, found {self.r}.")
 
 
 @register_method
@@ -87,39 +57,31 @@ class GraLoRA(Method):
     config_class = GraloraConfig
     prefix = "gralora_"
     dropout_field = "gralora_dropout"
+    numbers = ("r", "hybrid_r", "alpha", "gralora_k")
     patterned = ()
     config: GraloraConfig
 
     def options(self, site: Site) -> dict[str, Any]:
-        config = self.config
-        numbers = {name: getattr(config, name) for name in ("r", "hybrid_r", "alpha", "gralora_k")}
-        return {**numbers, "scaling": config.alpha / (config.r + config.hybrid_r)}
+        return {**super().options(site), "scaling": self.config.alpha / (self.config.r + self.config.hybrid_r)}
 
     def refuse(self, site: Site) -> str | None:
-        k = self.config.gralora_k
-        if site.fan_in % k or site.out % k:
-            return f"gralora_k={k} does not divide a weight of {site.out} x {site.fan_in}"
-        return None
+        return undivided(site, "gralora_k", self.config.gralora_k)
 
     def slots(self, site: Site) -> dict[str, Slot]:
         config = self.config
         r, k, hybrid = config.r, config.gralora_k, config.hybrid_r
         inputs, outputs = site.fan_in // k, site.out // k
-
-        def outer(fan: int) -> Init:
-            return zeros if config.init_weights else KaimingUniform(fan=fan)
-
+        sizes: dict[str, Any] = {"k": k, "i": inputs, "ranks": r, "o": outputs}
+        start = Transposed(KaimingUniform(fan=inputs))
         slots = {
-            "A": site.slot(
-                "gralora_A.*", "*experts k i ranks", Turned(KaimingUniform(fan=inputs)), k=k, i=inputs, ranks=r
-            ),
-            "B": site.slot("gralora_B.*", "*experts k ranks o", outer(r), k=k, ranks=r, o=outputs),
+            "A": site.slot("gralora_A.*", "*experts k i ranks", start, **sizes),
+            "B": site.slot("gralora_B.*", "*experts k ranks o", self.still_or(KaimingUniform(fan=r)), **sizes),
         }
         if hybrid:
             down, up = "gralora_A_general.*.weight", "gralora_B_general.*.weight"
-            start = KaimingUniform(fan=site.fan_in)
-            slots["down"] = site.slot(down, "*experts h fan_in", start, options={"leaf": "down"}, h=hybrid)
-            slots["up"] = site.slot(up, "*experts out h", outer(hybrid), options={"leaf": "up"}, h=hybrid)
+            drawn, still = KaimingUniform(fan=site.fan_in), self.still_or(KaimingUniform(fan=hybrid))
+            slots["down"] = site.slot(down, "*experts h fan_in", drawn, options={"leaf": "down"}, h=hybrid)
+            slots["up"] = site.slot(up, "*experts out h", still, options={"leaf": "up"}, h=hybrid)
         return slots
 
     def delta(self, site: Site, p: P) -> Delta:

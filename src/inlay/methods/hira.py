@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from inlay.config import (
-    FanInFanOutField,
-    LayerFields,
-    PeftConfig,
-    PeftType,
-    RankPatternField,
-    TargetFields,
-    setting,
-    settings,
-)
+from inlay.config import MatrixTargetFields, PeftConfig, PeftType, RankPatternField, dropout_setting, setting, settings
 from inlay.core.affine import Affine, Site
 from inlay.core.method import P
 from inlay.core.reading import Modulated, ReadsBase
@@ -29,7 +20,7 @@ __all__ = ["HiRA", "HiraConfig"]
     positional="r target_modules exclude_modules hira_dropout fan_in_fan_out modules_to_save init_weights "
     "layers_to_transform layers_pattern rank_pattern"
 )
-class HiraConfig(TargetFields, LayerFields, FanInFanOutField, RankPatternField, PeftConfig):
+class HiraConfig(MatrixTargetFields, RankPatternField, PeftConfig):
     """Configuration of HiRA."""
 
     peft_type = PeftType.HIRA
@@ -37,9 +28,7 @@ class HiraConfig(TargetFields, LayerFields, FanInFanOutField, RankPatternField, 
     r: int = setting(
         default=32, doc="Rank of the factors.", gt=0, parameters="proportional: r * (in + out) a linear layer"
     )
-    hira_dropout: float = setting(
-        default=0.0, doc="Probability of dropping an input element of the update.", ge=0.0, lt=1.0
-    )
+    hira_dropout: float = dropout_setting()
     init_weights: bool | Literal["gaussian"] | None = setting(
         default=True,
         doc="Start from no change, with Kaiming's or with normal ('gaussian') values in the factor that is not zero; "
@@ -54,14 +43,12 @@ class HiRA(ReadsBase):
     config_class = HiraConfig
     prefix = "hira_"
     dropout_field = "hira_dropout"
+    numbers = ("r",)
     patterned = ("rank_pattern",)
     config: HiraConfig
 
-    def options(self, site: Site) -> dict[str, Any]:
-        return {"r": self.by_pattern("rank_pattern", site, self.config.r)}
-
     def slots(self, site: Site) -> dict[str, Slot]:
-        r, noise, start = self.options(site)["r"], Normal(1.0), self.config.init_weights
+        r, noise, start = self.number("r", site), Normal(1.0), self.config.init_weights
         up = "out r *ones" if site.kernel else "*experts out r"
         down = "r in *kernel" if site.kernel else "*experts r in"
         name = "hira_embedding_" if site.lookup else "hira_"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from inlay.config import LayerFields, PeftConfig, PeftType, TargetFields, bias_setting, setting, settings
+from inlay.config import BlockTargetFields, PeftConfig, PeftType, bias_setting, setting, settings
 from inlay.core.affine import Affine, Site
+from inlay.core.dtype import merge_dtype
+from inlay.core.fills import Doubled
 from inlay.core.method import P
 from inlay.core.registry import register_method
 from inlay.core.rotation import InputRotation, Reflections, Rotation
@@ -22,7 +23,7 @@ __all__ = ["HRA", "HRAConfig"]
     positional="r apply_GS target_modules exclude_modules init_weights layers_to_transform layers_pattern bias "
     "modules_to_save"
 )
-class HRAConfig(TargetFields, LayerFields, PeftConfig):
+class HRAConfig(BlockTargetFields, PeftConfig):
     """Configuration of HRA."""
 
     peft_type = PeftType.HRA
@@ -40,17 +41,6 @@ class HRAConfig(TargetFields, LayerFields, PeftConfig):
         default=True, doc="Start from no change, as pairs of equal reflections; otherwise from random ones."
     )
     bias: str = bias_setting("hra")
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Draw half of the columns by Kaiming's rule; each stands twice."""
-
-    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        count = tensor.shape[-1] // 2
-        half = tensor.new_empty(*tensor.shape[:-1], count)
-        KaimingUniform(fan=count)(half, generator)
-        tensor.copy_(half.repeat_interleave(2, dim=-1))
 
 
 @register_method
@@ -91,11 +81,12 @@ class HRA(InputRotation):
         return f"reflections start from no change as equal pairs, and {reason}; the start is a random change"
 
     def slots(self, site: Site) -> dict[str, Slot]:
-        init = Pairs() if self.paired else KaimingUniform(fan=self.config.r)
-        return {"u": site.slot("hra_u.*", "*experts n r", init, n=self.features(site), r=self.config.r)}
+        r = self.config.r
+        init = Doubled(KaimingUniform(fan=r // 2)) if self.paired else KaimingUniform(fan=r)
+        return {"u": site.slot("hra_u.*", "*experts n r", init, n=self.features(site), r=r)}
 
     def rotation(self, site: Site, p: P) -> Rotation:
-        U = p.u if p.u.dtype == torch.float64 else p.u.float()
+        U = p.u.to(merge_dtype(p.u.dtype))
         if p.hra_apply_GS:
             U, _ = torch.linalg.qr(U)
             return Reflections(U, torch.diag_embed(torch.full_like(U[..., 0, :], 2.0)))

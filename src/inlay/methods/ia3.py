@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from inlay.config import FanInFanOutField, PeftConfig, PeftType, TargetFields, check_pattern, setting, settings
 from inlay.config.defaults import default_feedforward
 from inlay.core.affine import Affine, Site
-from inlay.core.method import Method, P
+from inlay.core.method import Inner, Method, P
 from inlay.core.patterns import matcher
 from inlay.core.registry import register_method
 from inlay.core.slot import Constant, Normal, Slot
-from inlay.errors import ConfigError, TargetError
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
+from inlay.errors import TargetError
 
 __all__ = ["IA3", "IA3Config"]
 
@@ -40,17 +37,14 @@ class IA3Config(TargetFields, FanInFanOutField, PeftConfig):
     )
 
     def check_fields(self) -> None:
-        owner = type(self).__name__
         feedforward = self.feedforward_modules
         if isinstance(feedforward, str):
-            check_pattern(owner, "feedforward_modules", feedforward)
+            check_pattern(type(self).__name__, "feedforward_modules", feedforward)
         elif feedforward is not None:
             self.feedforward_modules = set(feedforward)
             if isinstance(self.target_modules, set) and not self.feedforward_modules <= self.target_modules:
                 extra = sorted(self.feedforward_modules - self.target_modules)
-                raise ConfigError(
-                    f"{owner}.feedforward_modules: expected a part of target_modules, found {extra} beside."
-                )
+                raise self.wrong("feedforward_modules", f"expected a part of target_modules, found {extra} beside.")
 
 
 @register_method

@@ -24,14 +24,12 @@ class KaSA(LoRA):
     """``W_(k-r) + scaling * B diag(d) A``, where W_(k-r) is the weight without its r smallest singular directions."""
 
     adds_penalty = False
+    identity = False
+    rebases = True
 
     @property
     def base_cause(self) -> str:
         return super().base_cause if self.start.changes_base else "kasa_config"
-
-    @property
-    def identity(self) -> bool:
-        return False
 
     def refuse(self, site: Site) -> str | None:
         r, ends = self.options(site)["r"] // site.groups, (site.out // site.groups, site.fan_in)
@@ -55,10 +53,6 @@ class KaSA(LoRA):
         shortened = (U[..., :kept] * S[..., None, :kept]) @ Vh[..., :kept, :]
         shortened_layer = Affine(shortened.reshape(layer.weight.shape), layer.bias)
         return super().prepare(site, p, shortened_layer) or shortened_layer
-
-    @property
-    def rebases(self) -> bool:
-        return True
 
     def made_of(self, p: P) -> tuple[Tensor, ...]:
         return *super().made_of(p), p.diag

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inlay.config import ALL_LINEAR, LayerFields, PeftConfig, PeftType, TargetFields, setting, settings
+from inlay.config import ALL_LINEAR, BlockTargetFields, PeftConfig, PeftType, setting, settings
 from inlay.core.affine import Site
-from inlay.core.method import Method, P
+from inlay.core.method import Inner, Method, P
 from inlay.core.registry import register_method
-from inlay.core.slot import KaimingUniform, Slot, zeros
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
+from inlay.core.slot import KaimingUniform, Slot
 
 __all__ = ["Lily", "LilyConfig"]
 
@@ -23,7 +20,7 @@ __all__ = ["Lily", "LilyConfig"]
     positional="r stride_A num_B scaling target_modules exclude_modules modules_to_save layers_to_transform "
     "layers_pattern init_weights"
 )
-class LilyConfig(TargetFields, LayerFields, PeftConfig):
+class LilyConfig(BlockTargetFields, PeftConfig):
     """Configuration of Lily."""
 
     peft_type = PeftType.LILY
@@ -55,24 +52,20 @@ class Lily(Method):
 
     config_class = LilyConfig
     prefix = "lily_"
+    numbers = ("r", "scaling", "stride_A", "num_B")
     mergeable = False
     couples = True
     additive = False  # the update depends on the input
     commutes = True
     config: LilyConfig
 
-    def options(self, site: Site) -> dict[str, Any]:
-        config = self.config
-        return {"r": config.r, "scaling": config.scaling, "stride_A": config.stride_A, "num_B": config.num_B}
-
     def slots(self, site: Site) -> dict[str, Slot]:
         r, n = self.config.r, self.config.num_B
         drawn = KaimingUniform()
         leaf = {"leaf": "down", "discarded": drawn}  # PEFT makes ordinary layers first
-        up = zeros if self.config.init_weights else drawn
         return {
             "A": site.slot("lily_A.*.weight", "r fan_in", drawn, options=leaf, r=r),
-            "B": site.slot("lily_B.*.weight", "n out", up, options=leaf, n=n * r),
+            "B": site.slot("lily_B.*.weight", "n out", self.still_or(drawn), options=leaf, n=n * r),
             "router": site.slot("lily_router.*.weight", "n r", drawn, options=leaf, n=n, r=r),
         }
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from inlay.config import ExcludeField, PeftConfig, PeftType, TargetField, setting, settings
 from inlay.core.affine import Affine, Dense, Site
-from inlay.core.method import Method, P
+from inlay.core.method import Inner, Method, P
 from inlay.core.registry import register_method
 from inlay.core.slot import Slot, zeros
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
 
 __all__ = ["LNTuning", "LNTuningConfig"]
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from inlay.config import LayerFields, PatternFields, PeftConfig, PeftType, TargetFields, setting, settings
+from inlay.config import LycorisFields, PeftConfig, PeftType, setting, settings
 from inlay.core.affine import Delta, Dense, Site
-from inlay.core.method import Method, P
+from inlay.core.divisors import two_factors
+from inlay.core.method import P
 from inlay.core.registry import register_method
-from inlay.core.row_dropout import with_some_rows
+from inlay.core.row_dropout import RowDropout
 from inlay.core.slot import KaimingUniform, Slot, zeros
 from inlay.core.structured import Kron
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
 
 __all__ = ["LoKr", "LoKrConfig"]
 
@@ -27,7 +24,7 @@ __all__ = ["LoKr", "LoKrConfig"]
     "decompose_factor rank_dropout_scale target_modules exclude_modules init_weights layers_to_transform "
     "layers_pattern modules_to_save"
 )
-class LoKrConfig(TargetFields, LayerFields, PatternFields, PeftConfig):
+class LoKrConfig(LycorisFields, PeftConfig):
     """Configuration of LoKr."""
 
     peft_type = PeftType.LOKR
@@ -37,18 +34,6 @@ class LoKrConfig(TargetFields, LayerFields, PatternFields, PeftConfig):
         doc="Rank of a factor; one that has few rows or columns as it is stays whole.",
         gt=0,
         parameters="about 2 * r * sqrt(in) and the small factor, a linear layer",
-    )
-    alpha: int | float = setting(default=8, doc="Numerator of the scale alpha / r.")
-    rank_dropout: float = setting(
-        default=0.0, doc="Chance that a training forward leaves out a row of the update.", ge=0, lt=1
-    )
-    module_dropout: float = setting(
-        default=0.0, doc="Chance that a training forward leaves out the update of a layer.", ge=0, lt=1
-    )
-    use_effective_conv2d: bool = setting(
-        default=False,
-        doc="Give kernels larger than 1 a tensor of their own (Tucker form) beside the low-rank factor.",
-        parameters="a convolution has r * (r * kernel + rows + columns) in its large factor",
     )
     decompose_both: bool = setting(
         default=False, doc="Give the small factor a low rank too.", parameters="fewer where r is small"
@@ -66,38 +51,19 @@ class LoKrConfig(TargetFields, LayerFields, PatternFields, PeftConfig):
     )
 
 
-def split(size: int, wish: int) -> tuple[int, int]:
-    """Return two numbers whose product is ``size``; the first is ``wish``, or what comes nearest from below.
-
-    Without a wish (-1), or with one that does not divide, the first is not larger than the second.
-    """
-    if wish > 0 and size % wish == 0:
-        return wish, size // wish
-    limit = min(math.isqrt(size), wish if wish > 0 else size)
-    first = next(divisor for divisor in range(limit, 0, -1) if size % divisor == 0)
-    return first, size // first
-
-
 @register_method
-class LoKr(Method):
+class LoKr(RowDropout):
     """``alpha / r * kron(w1, w2)``: w2 is ``w2_a w2_b`` unless r is large, w1 is whole unless both are decomposed."""
 
     config_class = LoKrConfig
     prefix = "lokr_"
-    mixed = True
     shown = ("rank_dropout", "module_dropout", "rank_dropout_scale")
     patterned = ("rank_pattern", "alpha_pattern")
     config: LoKrConfig
 
-    def options(self, site: Site) -> dict[str, Any]:
-        r = self.by_pattern("rank_pattern", site, self.config.r)
-        alpha = self.by_pattern("alpha_pattern", site, self.config.alpha)
-        return {"r": r, "alpha": alpha, "scaling": alpha / r}
-
     def slots(self, site: Site) -> dict[str, Slot]:
-        config, r, area = self.config, self.options(site)["r"], math.prod(site.kernel)
-        (a, b), (c, d) = (split(size, config.decompose_factor) for size in (site.out, site.channels))
-        tucker = config.use_effective_conv2d and area > 1
+        config, r, area = self.config, self.number("r", site), math.prod(site.kernel)
+        (a, b), (c, d) = (two_factors(size, config.decompose_factor) for size in (site.out, site.channels))
         still = {True: ("w1", "w1_a"), "lycoris": ("w2", "w2_b")}.get(config.init_weights, ())
 
         def slot(role: str, dims: str) -> Slot:
@@ -112,8 +78,8 @@ class LoKr(Method):
             dims = {"w1": "a c"}
         if r >= max(b, d) / 2:
             dims |= {"w2": "b d *kernel"}
-        elif tucker:
-            dims |= {"w2_a": "r b", "w2_b": "r d", "t2": "r r *kernel 1" if len(site.kernel) == 1 else "r r *kernel"}
+        elif core := self.kernel_dims(site):
+            dims |= {"w2_a": "r b", "w2_b": "r d", "t2": core}
         else:
             dims |= {"w2_a": "b r", "w2_b": "r d_area"}
         return {role: slot(role, text) for role, text in dims.items()}
@@ -128,9 +94,3 @@ class LoKr(Method):
         if core is not None:
             return Kron(left, torch.einsum("ijk,ib,jd->bdk", core.flatten(2), p.w2_a, p.w2_b).flatten(1))
         return Kron(left, p.w2_a @ p.w2_b)
-
-    def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
-        config = self.config
-        if p.training and config.rank_dropout > 0.0:
-            return with_some_rows(x, inner, self.update(site, p), config.rank_dropout, config.rank_dropout_scale)
-        return super().forward(site, p, x, inner)

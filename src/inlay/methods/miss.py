@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-from inlay.config import LayerFields, PeftConfig, PeftType, TargetFields, bias_setting, setting, settings
-from inlay.core.affine import Affine, Dense, Site
+from inlay.config import BlockTargetFields, PeftConfig, PeftType, bias_setting, dropout_setting, setting, settings
+from inlay.core.affine import Site
+from inlay.core.divisors import undivided
 from inlay.core.method import Method, P
+from inlay.core.reading import ReadsBelow
 from inlay.core.registry import register_method
-from inlay.core.slot import Init, KaimingUniform, Slot, zeros
+from inlay.core.slot import KaimingUniform, Slot
 from inlay.core.structured import Repeated
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
 
 __all__ = ["MiSS", "MissBat", "MissConfig"]
 
@@ -23,7 +22,7 @@ __all__ = ["MiSS", "MissBat", "MissConfig"]
     positional="r miss_dropout mini_r target_modules exclude_modules init_weights layers_to_transform layers_pattern "
     "bias modules_to_save"
 )
-class MissConfig(TargetFields, LayerFields, PeftConfig):
+class MissConfig(BlockTargetFields, PeftConfig):
     """Configuration of MiSS."""
 
     peft_type = PeftType.MISS
@@ -34,9 +33,7 @@ class MissConfig(TargetFields, LayerFields, PeftConfig):
         gt=0,
         parameters="r * out a layer; r * mini_r for 'mini'",
     )
-    miss_dropout: float = setting(
-        default=0.0, doc="Probability of dropping an input element of the update.", ge=0.0, lt=1.0
-    )
+    miss_dropout: float = dropout_setting()
     mini_r: int = setting(
         default=1, doc="Rows of the small matrix for 'mini'; outputs mini_r apart are treated alike.", gt=0
     )
@@ -75,7 +72,7 @@ class MiSS(Method):
         return None
 
     def slots(self, site: Site) -> dict[str, Slot]:
-        start: Init = zeros if self.config.init_weights else KaimingUniform(fan=site.out)
+        start = self.still_or(KaimingUniform(fan=site.out))
         rows = "rows" if self.config.init_weights == "mini" else "out"
         dims = f"*experts k {rows}"
         return {"block": site.slot("miss_block.*", dims, start, k=self.config.r, rows=self.config.mini_r)}
@@ -84,31 +81,17 @@ class MiSS(Method):
         return Repeated(p.block.mT, site.out, site.fan_in)
 
 
-class MissBat(MiSS):
+class MissBat(ReadsBelow, MiSS):
     """``W_ij + W_ij B_i + B_i`` for every block (r, r) of the weight; B_i is shared by a row of blocks."""
 
     def refuse(self, site: Site) -> str | None:
-        r = self.config.r
-        if site.out % r or site.fan_in % r:
-            return f"r={r} does not divide a weight of {site.out} x {site.fan_in} into blocks of {r} x {r}"
-        return None
+        return undivided(site, "r", self.config.r)
 
     def slots(self, site: Site) -> dict[str, Slot]:
         k = self.config.r
         return {"block": site.slot("miss_block.*", "*experts rows k k", k=k, rows=site.out // k)}
 
     def change(self, site: Site, p: P, weight: Tensor) -> Tensor:
-        """Return what is added to a weight."""
         k, B = self.config.r, p.block.unsqueeze(-3)
         blocks = weight.to(B.dtype).unflatten(-1, (-1, k)).unflatten(-3, (-1, k)).transpose(-3, -2)
         return (blocks @ B + B).transpose(-3, -2).flatten(-4, -3).flatten(-2)
-
-    def rewrite(self, site: Site, p: P, layer: Affine, base: Affine) -> Affine:
-        return Affine(layer.weight + self.change(site, p, layer.weight), layer.bias)
-
-    def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
-        dropped = p.drop(x)
-        if dropped is x:
-            return super().forward(site, p, x, inner)
-        y = inner(x)
-        return (y + inner.apply(dropped, Dense(self.change(site, p, inner.affine().weight)))).to(y.dtype)

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from inlay.core.affine import Site
+from inlay.core.divergences import dirichlet_divergence
 from inlay.core.dtype import merge_dtype
+from inlay.core.fills import Identity
 from inlay.core.lifecycle import total
-from inlay.core.method import P
-from inlay.core.slot import Constant, Slot
+from inlay.core.method import Inner, P
+from inlay.core.slot import Constant, Slot, Uniform
 from inlay.methods.lora import LoRA
 
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
-
 __all__ = ["MonteCLoRA"]
-
-
-def unit_interval(tensor: Tensor, generator: torch.Generator) -> None:
-    """Draw uniformly from [0, 1)."""
-    tensor.uniform_(0.0, 1.0, generator=generator)
-
-
-def identity_matrix(tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill a square matrix with the identity."""
-    torch.nn.init.eye_(tensor)
 
 
 class MonteCLoRA(LoRA):
@@ -48,13 +37,15 @@ class MonteCLoRA(LoRA):
         assert options is not None
         slots = super().slots(site)
         rows, n, place = slots["A"].shape[0], options.num_samples, "lora_monteclora_sampler.*"
-        last: dict[str, Any] = {"buffer": True, "trainable": False}  # PEFT's last draws, which nothing reads here
+        sizes: dict[str, Any] = {"rows": rows, "samples": n}
+        drawn, even = Uniform(1.0, low=0.0), Constant(1 / n)
         return {
             **slots,
-            "std": site.slot(f"{place}.std_prior", "rows", unit_interval, rows=rows),
-            "mixture": site.slot(f"{place}.expert_weights_prior", "samples", unit_interval, samples=n),
-            "variance": site.slot(f"{place}.gaussian_var_prior", "rows rows", identity_matrix, options=last, rows=rows),
-            "weights": site.slot(f"{place}.expert_weights", "samples", Constant(1 / n), options=last, samples=n),
+            "std": site.slot(f"{place}.std_prior", "rows", drawn, **sizes),
+            "mixture": site.slot(f"{place}.expert_weights_prior", "samples", drawn, **sizes),
+            # PEFT's last draws, which nothing reads here
+            "variance": site.constant(f"{place}.gaussian_var_prior", "rows rows", Identity(), saved=True, **sizes),
+            "weights": site.constant(f"{place}.expert_weights", "samples", even, saved=True, **sizes),
         }
 
     def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
@@ -106,11 +97,3 @@ class MonteCLoRA(LoRA):
             term = options.kl_loss_weight * divergence
             terms.append(term + weights.square().sum() if options.use_entropy else term)
         return terms
-
-
-def dirichlet_divergence(alpha: Tensor, prior: float) -> Tensor:
-    """Return KL(Dirichlet(alpha) || Dirichlet(prior, ..., prior)), alpha (n,)."""
-    total, others = alpha.sum(), torch.full_like(alpha, prior)
-    volume = torch.lgamma(total) - torch.lgamma(alpha).sum()
-    of_prior = torch.lgamma(others.sum()) - torch.lgamma(others).sum()
-    return volume - of_prior + ((alpha - others) * (torch.digamma(alpha) - torch.digamma(total))).sum()

@@ -9,22 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.config import (
-    FanInFanOutField,
-    LayerFields,
-    PeftConfig,
-    PeftType,
-    TargetFields,
-    bias_setting,
-    setting,
-    settings,
-)
+from inlay.config import CayleyFields, PeftConfig, PeftType, bias_setting, check_one_given, setting, settings
 from inlay.core.affine import Site
+from inlay.core.divisors import nearest_divisor
 from inlay.core.method import P
 from inlay.core.registry import register_method
 from inlay.core.rotation import Butterfly, InputRotation, Rotation, Triangle, cayley, cayley_series, skew
-from inlay.core.slot import Normal, Slot, zeros
-from inlay.errors import CheckpointError, ConfigError
+from inlay.core.slot import Normal, Slot
+from inlay.errors import CheckpointError
 
 __all__ = ["OFT", "OFTConfig"]
 
@@ -34,7 +26,7 @@ __all__ = ["OFT", "OFTConfig"]
     "layers_to_transform layers_pattern modules_to_save coft eps block_share use_cayley_neumann "
     "num_cayley_neumann_terms"
 )
-class OFTConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
+class OFTConfig(CayleyFields, PeftConfig):
     """Configuration of OFT. One of ``r`` and ``oft_block_size`` is given: their product is the number of inputs."""
 
     peft_type = PeftType.OFT
@@ -53,18 +45,9 @@ class OFTConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
     block_share: bool = setting(
         default=False, doc="One rotation for all blocks of a layer.", parameters="divided by the number of blocks"
     )
-    use_cayley_neumann: bool = setting(
-        default=True,
-        doc="A short series in place of the inverse: faster, and almost a rotation while the angles are small.",
-    )
-    num_cayley_neumann_terms: int = setting(default=5, doc="Terms of the series; one would be the identity.", gt=1)
 
     def check_fields(self) -> None:
-        if (self.r == 0) == (self.oft_block_size == 0):
-            raise ConfigError(
-                f"{type(self).__name__}: expected one of r and oft_block_size, the other 0, found r={self.r} and "
-                f"oft_block_size={self.oft_block_size}."
-            )
+        check_one_given(self, "r", "oft_block_size")
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -89,12 +72,6 @@ class OFTConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
         return (self.peft_version or "") if self.full_last_term else super().written_version
 
 
-def nearest_divisor(number: int, wish: int) -> int:
-    """Return the divisor of ``number`` closest to ``wish``, the smaller of two."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda divisor: (abs(divisor - wish), divisor))
-
-
 @register_method
 class OFT(InputRotation):
     """``W R^T`` with R block-diagonal and orthogonal, so that ``x`` is read as ``x R``; an embedding's rows are turned.
@@ -105,11 +82,8 @@ class OFT(InputRotation):
     config_class = OFTConfig
     prefix = "oft_"
     mixed = True
+    skip_probability = 0.0  # module_dropout leaves out blocks here
     config: OFTConfig
-
-    @property
-    def skip_probability(self) -> float:
-        return 0.0  # module_dropout leaves out blocks here
 
     def options(self, site: Site) -> dict[str, Any]:
         features, config = self.features(site), self.config
@@ -137,7 +111,7 @@ class OFT(InputRotation):
     def slots(self, site: Site) -> dict[str, Slot]:
         found = self.options(site)
         name = "oft_embedding_R" if site.lookup else "oft_R"
-        init = zeros if self.config.init_weights else Normal(0.1)
+        init = self.still_or(Normal(0.1))
         blocks = 1 if self.config.block_share else found["r"]
         return Triangle.slots(site, f"{name}.*", "*experts blocks n", init, b=found["oft_block_size"], blocks=blocks)
 

@@ -22,7 +22,7 @@ from inlay.config import (
 from inlay.core.affine import Affine, LowRank, Site
 from inlay.core.method import Method, P
 from inlay.core.registry import register_method
-from inlay.core.slot import Normal, Slot, zeros
+from inlay.core.slot import Normal, Slot
 
 __all__ = ["OSF", "OSFConfig"]
 
@@ -110,22 +110,21 @@ class OSF(Method):
 
     def slots(self, site: Site) -> dict[str, Slot]:
         keep = self.options(site)["effective_rank"]
-        start = zeros if self.config.init_weights else Normal(1.0)
-        fixed = {"buffer": True, "trainable": False, "saved": False}
+        start = self.still_or(Normal(1.0))
         sizes = {"k": min(site.out, site.fan_in) - keep, "h": keep}
         slots = {
             "U": site.slot("osf_svd_params.*.U_low", "*experts out k", start, **sizes),
             "S": site.slot("osf_svd_params.*.S_low", "*experts k", start, **sizes),
             "V": site.slot("osf_svd_params.*.V_low", "*experts k fan_in", start, **sizes),
-            "U0": site.slot("_osf_U_low_init.*", "*experts out k", options=fixed, **sizes),
-            "S0": site.slot("_osf_S_low_init.*", "*experts k", options=fixed, **sizes),
-            "V0": site.slot("_osf_V_low_init.*", "*experts k fan_in", options=fixed, **sizes),
+            "U0": site.constant("_osf_U_low_init.*", "*experts out k", **sizes),
+            "S0": site.constant("_osf_S_low_init.*", "*experts k", **sizes),
+            "V0": site.constant("_osf_V_low_init.*", "*experts k fan_in", **sizes),
         }
         # Where one side is square, what is orthogonal to its large directions is spanned by its small ones.
         if site.out > site.fan_in:
-            slots["U1"] = site.slot("_osf_U_high.*", "*experts out h", options=fixed, **sizes)
+            slots["U1"] = site.constant("_osf_U_high.*", "*experts out h", **sizes)
         if site.out < site.fan_in:
-            slots["V1"] = site.slot("_osf_V_high.*", "*experts h fan_in", options=fixed, **sizes)
+            slots["V1"] = site.constant("_osf_V_high.*", "*experts h fan_in", **sizes)
         return slots
 
     def derive(self, site: Site, p: P, layer: Affine) -> None:

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn import functional
-
-from inlay.config import LayerFields, PeftConfig, PeftType, TargetFields, setting, settings
+from inlay.config import BlockTargetFields, PeftConfig, PeftType, setting, settings
+from inlay.core.activations import ACTIVATIONS
 from inlay.core.affine import Affine, LowRank, Site
 from inlay.core.method import P
 from inlay.core.reading import ReadsBase
@@ -20,36 +12,12 @@ from inlay.core.slot import KaimingUniform, Slot, zeros
 
 __all__ = ["PEANuT", "PeanutConfig"]
 
-# transformers' names of activations; those that have parameters of their own are not among them
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    **dict.fromkeys(["gelu", "gelu_python"], functional.gelu),
-    **dict.fromkeys(
-        ["gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"],
-        partial(functional.gelu, approximate="tanh"),
-    ),
-    "gelu_10": lambda x: functional.gelu(x).clamp(-10, 10),
-    "hardswish": functional.hardswish,
-    "laplace": lambda x: 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0)))),
-    "leaky_relu": functional.leaky_relu,
-    "linear": lambda x: x,
-    "mish": functional.mish,
-    "prelu": partial(functional.leaky_relu, negative_slope=0.25),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": functional.relu,
-    "relu2": lambda x: functional.relu(x).square(),
-    "relu6": functional.relu6,
-    "sigmoid": torch.sigmoid,
-    "sqrtsoftplus": lambda x: functional.softplus(x).sqrt(),
-    **dict.fromkeys(["silu", "swish"], functional.silu),
-    "tanh": torch.tanh,
-}
-
 
 @settings(
     positional="r depth act_fn scaling target_modules exclude_modules modules_to_save layers_to_transform "
     "layers_pattern init_weights"
 )
-class PeanutConfig(TargetFields, LayerFields, PeftConfig):
+class PeanutConfig(BlockTargetFields, PeftConfig):
     """Configuration of PEANuT."""
 
     peft_type = PeftType.PEANUT
@@ -79,11 +47,8 @@ class PEANuT(ReadsBase):
 
     config_class = PeanutConfig
     prefix = "peanut_"
+    numbers = ("r", "scaling", "depth", "act_fn")
     config: PeanutConfig
-
-    def options(self, site: Site) -> dict[str, Any]:
-        config = self.config
-        return {"r": config.r, "scaling": config.scaling, "depth": config.depth, "act_fn": config.act_fn}
 
     def slots(self, site: Site) -> dict[str, Slot]:
         r, start = self.config.r, KaimingUniform(fan=self.config.r)

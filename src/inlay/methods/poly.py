@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from inlay.config import PeftConfig, PeftType, TargetFields, setting, settings
 from inlay.core.affine import LowRank, Site
-from inlay.core.method import Method, P
+from inlay.core.divisors import undivided
+from inlay.core.fills import Transposed
+from inlay.core.method import Inner, Method, P
 from inlay.core.registry import register_method
-from inlay.core.slot import Slot, Uniform, zeros
-from inlay.errors import RoutingError
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
+from inlay.core.slot import Slot, Uniform
+from inlay.core.tasks import checked_tasks
 
 __all__ = ["Poly", "PolyConfig"]
 
@@ -41,16 +40,6 @@ class PolyConfig(TargetFields, PeftConfig):
     n_splits: int = setting(default=1, doc="Parts of the features that are mixed each in its own way.", gt=0)
 
 
-def _skills(tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill (splits, skills, a, b) as PEFT does: every matrix transposed, uniform in 1 / sqrt(a)."""
-    splits, skills, a, b = tensor.shape
-    bound = 1 / math.sqrt(a)
-    for skill in range(skills):
-        for split in range(splits):
-            drawn = torch.empty(b, a, dtype=tensor.dtype).uniform_(-bound, bound, generator=generator)
-            tensor[split, skill].copy_(drawn.mT)
-
-
 @register_method
 class Poly(Method):
     """``W x + B_t A_t x / r``: A_t and B_t are means of n skills, by weights that the sample's task t has.
@@ -60,6 +49,7 @@ class Poly(Method):
 
     config_class = PolyConfig
     prefix = "poly_"
+    numbers = ("r", "n_tasks", "n_skills", "n_splits")
     mergeable = False
     samples = True
     reads_tasks = True
@@ -67,44 +57,27 @@ class Poly(Method):
     commutes = True
     config: PolyConfig
 
-    def options(self, site: Site) -> dict[str, Any]:
-        return {name: getattr(self.config, name) for name in ("r", "n_tasks", "n_skills", "n_splits")}
-
     def refuse(self, site: Site) -> str | None:
-        for side, size in (("inputs", site.fan_in), ("outputs", site.out)):
-            if size % self.config.n_splits:
-                return f"n_splits={self.config.n_splits} does not divide its {size} {side}"
-        return None
+        return undivided(site, "n_splits", self.config.n_splits)
 
     def slots(self, site: Site) -> dict[str, Slot]:
         config = self.config
         sizes: dict[str, Any] = {"q": config.n_splits, "s": config.n_skills, "r": config.r}
         sizes |= {"i": site.fan_in // config.n_splits, "o": site.out // config.n_splits}
-        start = zeros if config.init_weights else _skills
+        sizes |= {"t": config.n_tasks, "w": config.n_splits * config.n_skills}
+        # PEFT draws every matrix transposed, and one skill after the other
+        down, up = (Transposed(Uniform(1 / math.sqrt(sizes[dim])), leading=True) for dim in "ir")
         return {
-            "A": site.slot("poly_lora_A.*", "q s i r", _skills, **sizes),
-            "B": site.slot("poly_lora_B.*", "q s r o", start, **sizes),
-            "logits": site.slot(
-                "poly_router.*.module_logits",
-                "t w",
-                Uniform(1e-3),
-                t=config.n_tasks,
-                w=config.n_splits * config.n_skills,
-            ),
+            "A": site.slot("poly_lora_A.*", "q s i r", down, **sizes),
+            "B": site.slot("poly_lora_B.*", "q s r o", self.still_or(up), **sizes),
+            "logits": site.slot("poly_router.*.module_logits", "t w", Uniform(1e-3), **sizes),
         }
 
     def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
         config = self.config
-        tasks = inner.tasks(x)
-        if tasks is None and config.n_tasks > 1:
-            raise RoutingError(
-                f"{site.name!r}: the adapter has {config.n_tasks} tasks, and none was chosen; pass task_ids with one "
-                "for each sample"
-            )
+        tasks = checked_tasks(site, inner.tasks(x), config.n_tasks)
         if tasks is None:
             tasks = torch.zeros(len(x) if p.training else 1, dtype=torch.long, device=p.logits.device)
-        elif not torch.compiler.is_compiling() and not 0 <= int(tasks.min()) <= int(tasks.max()) < config.n_tasks:
-            raise RoutingError(f"task_ids: expected numbers below n_tasks={config.n_tasks}, found {tasks.tolist()}")
         logits = p.logits[tasks.to(p.logits.device)].view(-1, config.n_splits, config.n_skills)
         if p.training:
             tiny = torch.finfo(logits.dtype).eps

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from inlay.config import FanInFanOutField, LayerFields, PeftConfig, PeftType, TargetFields, setting, settings
+from inlay.config import CayleyFields, PeftConfig, PeftType, dropout_setting, setting, settings
 from inlay.core.affine import Affine, LowRank, Site
+from inlay.core.fills import Identity
 from inlay.core.method import Method, P
 from inlay.core.registry import register_method
 from inlay.core.rotation import Triangle, cayley, cayley_series, skew
-from inlay.core.slot import Constant, Normal, Slot, zeros
-from inlay.errors import InlayWarning
+from inlay.core.slot import Constant, Normal, Slot
 
 __all__ = ["PSOFT", "PsoftConfig"]
 
@@ -25,7 +23,7 @@ __all__ = ["PSOFT", "PsoftConfig"]
     "psoft_svd_lowrank_niter random_seed psoft_orth psoft_mag_b psoft_mag_a use_cayley_neumann "
     "num_cayley_neumann_terms cayley_neumann_eps modules_to_save init_weights layers_to_transform layers_pattern"
 )
-class PsoftConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
+class PsoftConfig(CayleyFields, PeftConfig):
     """Configuration of PSOFT."""
 
     peft_type = PeftType.PSOFT
@@ -34,9 +32,7 @@ class PsoftConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
     psoft_alpha: int = setting(
         default=32, doc="Numerator of the scale alpha / r, which the subspace's factors are divided by.", gt=0
     )
-    psoft_dropout: float = setting(
-        default=0.0, doc="Probability of dropping an input element of the update.", ge=0.0, lt=1.0
-    )
+    psoft_dropout: float = dropout_setting()
     ab_svd_init: Literal["psoft_init", "pissa_init"] = setting(
         default="psoft_init", doc="Where the singular values go: all to B, or their roots to A and to B ('pissa_init')."
     )
@@ -50,11 +46,7 @@ class PsoftConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
     )
     psoft_mag_b: bool = setting(default=True, doc="Train a scale of each row of the rotation.", parameters="r")
     psoft_mag_a: bool = setting(default=True, doc="Train a scale of each column of the rotation.", parameters="r")
-    use_cayley_neumann: bool = setting(
-        default=False,
-        doc="A short series in place of the inverse: faster, and almost a rotation while the angles are small.",
-    )
-    num_cayley_neumann_terms: int = setting(default=5, doc="Terms of the series; one would be the identity.", gt=1)
+    use_cayley_neumann = False
     cayley_neumann_eps: float | None = setting(
         default=None, doc="Bound on the norm of what the series is taken of.", gt=0, lt=1
     )
@@ -66,23 +58,8 @@ class PsoftConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
         )
         for field, read in unread.items():
             if not read and getattr(self, field) != type(self).__dataclass_fields__[field].default:
-                warnings.warn(
-                    f"{type(self).__name__}.{field} is not read, because "
-                    f"{'psoft_svd' if 'svd' in field else 'use_cayley_neumann'} does not ask for it",
-                    InlayWarning,
-                    stacklevel=5,
-                )
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Fill with the identity, and add noise of a standard deviation."""
-
-    noise: float
-
-    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.normal_(0.0, self.noise, generator=generator) if self.noise else tensor.zero_()
-        tensor.diagonal(dim1=-2, dim2=-1).add_(1.0)
+                asks = "psoft_svd" if "svd" in field else "use_cayley_neumann"
+                self.warn(f"{field} is not read, because {asks} does not ask for it")
 
 
 def _identity(like: Tensor) -> Tensor:
@@ -99,12 +76,12 @@ class PSOFT(Method):
 
     config_class = PsoftConfig
     prefix = "psoft_"
+    numbers = ("r", "psoft_alpha")
     dropout_field = "psoft_dropout"
     config: PsoftConfig
 
     def options(self, site: Site) -> dict[str, Any]:
-        config = self.config
-        return {"r": config.r, "psoft_alpha": config.psoft_alpha, "scaling": config.psoft_alpha / config.r}
+        return {**super().options(site), "scaling": self.config.psoft_alpha / self.config.r}
 
     def refuse(self, site: Site) -> str | None:
         least = min(site.out, site.fan_in)
@@ -116,9 +93,8 @@ class PSOFT(Method):
 
     def slots(self, site: Site) -> dict[str, Slot]:
         config = self.config
-        fixed: dict[str, Any] = {"buffer": True, "trainable": False, "saved": False}
         if config.psoft_orth:
-            start = zeros if config.init_weights else Normal(0.1)
+            start = self.still_or(Normal(0.1))
             slots = Triangle.slots(site, "psoft_R.*", "*experts n", start, b=config.r)
         else:
             start = Identity(0.0 if config.init_weights else 0.1)
@@ -127,8 +103,8 @@ class PSOFT(Method):
             if wanted:
                 slots[name] = site.slot(f"psoft_R.*.vector_{name}", "*experts w", Constant(1.0), w=config.r)
         # zeros stand in until derive
-        slots["A"] = site.slot("_psoft_A_cache.*", "*experts r fan_in", options=fixed, r=config.r)
-        slots["B"] = site.slot("_psoft_B_cache.*", "*experts out r", options=fixed, r=config.r)
+        slots["A"] = site.constant("_psoft_A_cache.*", "*experts r fan_in", r=config.r)
+        slots["B"] = site.constant("_psoft_B_cache.*", "*experts out r", r=config.r)
         return slots
 
     def derive(self, site: Site, p: P, layer: Affine) -> None:

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inlay.config import (
-    FanInFanOutField,
-    LayerFields,
-    PeftConfig,
-    PeftType,
-    ProjectionFields,
-    SavedModulesField,
-    TargetField,
-    bias_setting,
-    setting,
-    settings,
-)
+from inlay.config import PeftConfig, PeftType, ProjectionFields, bias_setting, dropout_setting, setting, settings
 from inlay.core.affine import Dense, LowRank, Site
-from inlay.core.method import P
+from inlay.core.method import Inner, P
 from inlay.core.registry import register_method
 from inlay.methods.vera import VeRA
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
 
 __all__ = ["PVeRA", "PveraConfig"]
 
@@ -34,7 +20,7 @@ __all__ = ["PVeRA", "PveraConfig"]
     positional="r target_modules projection_prng_key save_projection pvera_dropout d_initial fan_in_fan_out bias "
     "modules_to_save init_weights layers_to_transform layers_pattern sample_at_inference generator_seed"
 )
-class PveraConfig(TargetField, SavedModulesField, LayerFields, ProjectionFields, FanInFanOutField, PeftConfig):
+class PveraConfig(ProjectionFields, PeftConfig):
     """Configuration of PVeRA."""
 
     peft_type = PeftType.PVERA
@@ -44,7 +30,7 @@ class PveraConfig(TargetField, SavedModulesField, LayerFields, ProjectionFields,
     init_weights: bool = setting(
         default=True, doc="Start from no change; otherwise the outer factors are 1, the inner ones random."
     )
-    pvera_dropout: float = setting(default=0.0, doc="Chance that the latents do not see an input element.", ge=0, lt=1)
+    pvera_dropout: float = dropout_setting("what the latents read")
     bias: str = bias_setting("pvera")
     sample_at_inference: bool = setting(
         default=False, doc="Draw latents in eval mode too, instead of taking their means; a merge writes the means."
@@ -87,12 +73,11 @@ class PVeRA(VeRA):
         y = inner(x)
         rows = (p.d.unsqueeze(-1) * p.A[:, : site.fan_in]).repeat(site.groups, 1)  # each group has latents of its own
         both = inner.apply(p.drop(x), Dense(rows))
-        channel = -1 - len(site.kernel)
-        mean, spread = both.movedim(channel, -1).unflatten(-1, (site.groups, self.rows)).chunk(2, -1)
+        mean, spread = site.channels_last(both).unflatten(-1, (site.groups, self.rows)).chunk(2, -1)
         z = mean + self.noise(p, mean) * torch.exp(0.5 * spread)
         up = (p.b.unsqueeze(-1) * p.B[: site.out]).to(z.dtype).unflatten(0, (site.groups, -1))
-        update = torch.einsum("...gr,gor->...go", z, up).flatten(-2).movedim(-1, channel)
-        return (y + update).to(y.dtype)
+        update = torch.einsum("...gr,gor->...go", z, up).flatten(-2)
+        return (y + site.channels_back(update)).to(y.dtype)
 
     @staticmethod
     def noise(p: P, like: Tensor) -> Tensor:

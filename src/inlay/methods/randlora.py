@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from inlay.config import (
-    FanInFanOutField,
-    LayerFields,
-    PeftConfig,
-    PeftType,
-    ProjectionFields,
-    SavedModulesField,
-    TargetField,
-    bias_setting,
-    setting,
-    settings,
-)
+from inlay.config import PeftConfig, PeftType, ProjectionFields, bias_setting, dropout_setting, setting, settings
 from inlay.core.affine import LowRank, Site
 from inlay.core.method import Method, P
+from inlay.core.random_bases import Basis
 from inlay.core.registry import register_method
-from inlay.core.slot import Constant, KaimingUniform, Normal, Slot, zeros
-from inlay.errors import ConfigError
+from inlay.core.slot import Constant, Normal, Slot, zeros
 
 __all__ = ["RandLoRA", "RandLoraConfig"]
 
@@ -34,7 +19,7 @@ __all__ = ["RandLoRA", "RandLoraConfig"]
     positional="r target_modules projection_prng_key save_projection sparse very_sparse randlora_dropout "
     "fan_in_fan_out randlora_alpha bias modules_to_save init_weights layers_to_transform layers_pattern"
 )
-class RandLoraConfig(TargetField, SavedModulesField, LayerFields, ProjectionFields, FanInFanOutField, PeftConfig):
+class RandLoraConfig(ProjectionFields, PeftConfig):
     """Configuration of RandLoRA."""
 
     peft_type = PeftType.RANDLORA
@@ -49,51 +34,12 @@ class RandLoraConfig(TargetField, SavedModulesField, LayerFields, ProjectionFiel
     very_sparse: bool = setting(
         default=False, doc="Bases of -1, 0 and 1, one in sqrt(min(in, out)) of them not zero; goes before sparse."
     )
-    randlora_dropout: float = setting(default=0.0, doc="Chance that the bases do not see an input.", ge=0, lt=1)
+    randlora_dropout: float = dropout_setting()
     randlora_alpha: int = setting(default=640, doc="Numerator of the scale alpha / r.")
     bias: str = bias_setting("randlora")
     init_weights: bool = setting(
         default=True, doc="Start from no change; otherwise the factors of the bases are random."
     )
-
-
-@dataclass(frozen=True)
-class Basis:
-    """Fill with a random basis of unit deviation, as PEFT draws it: A first, then B from the same stream.
-
-    Attributes:
-        seed: of the stream.
-        sparsity: one in so many elements is not zero; None for dense bases, drawn in bfloat16.
-        after: the shape of A where the tensor is B.
-    """
-
-    seed: int
-    sparsity: float | None = None
-    after: tuple[int, ...] | None = None
-
-    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        stream = torch.Generator().manual_seed(self.seed)
-        drawn = self.draw(self.after or tuple(tensor.shape), stream)
-        if self.after is not None:
-            rows, bases, r = tensor.shape
-            parts = [(rows, 1, r)] * bases if self.sparsity is None else [(rows, bases, r)]
-            drawn = torch.cat([self.draw(shape, stream) for shape in parts], 1)
-        deviation = drawn.std()
-        if not deviation > 0:
-            raise ConfigError(
-                f"RandLoraConfig: a sparse basis of shape {tuple(tensor.shape)} was drawn without one element that is "
-                "not zero; set another projection_prng_key, or very_sparse=False"
-            )
-        tensor.copy_(drawn / deviation)
-
-    def draw(self, shape: tuple[int, ...], stream: torch.Generator) -> Tensor:
-        if self.sparsity is None:
-            dense = torch.empty(shape, dtype=torch.bfloat16)
-            KaimingUniform()(dense, stream)
-            return dense
-        share = 1 / (2 * self.sparsity)
-        number = torch.rand(shape, generator=stream)
-        return (number > 1 - share).float() - (number < share).float()
 
 
 @register_method

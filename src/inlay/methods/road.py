@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from inlay.config import PeftConfig, PeftType, SavedModulesField, TargetField, setting, settings
 from inlay.core.affine import Affine, Site
-from inlay.core.method import Method, P
+from inlay.core.method import Inner, Method, P
 from inlay.core.registry import register_method
 from inlay.core.slot import Constant, Normal, Slot, zeros
 from inlay.parallel.tensors import in_blocks
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
 
 __all__ = ["RoAd", "RoadConfig"]
 
@@ -59,10 +55,8 @@ class RoAd(Method):
 
     config_class = RoadConfig
     prefix = "road_"
+    numbers = ("variant", "group_size")
     config: RoadConfig
-
-    def options(self, site: Site) -> dict[str, Any]:
-        return {"variant": self.config.variant, "group_size": self.config.group_size}
 
     def refuse(self, site: Site) -> str | None:
         size = self.config.group_size
@@ -110,8 +104,7 @@ class RoAd(Method):
 
     def forward(self, site: Site, p: P, x: Tensor, inner: Inner) -> Tensor:
         y = inner(x)
-        channel = -1 - len(site.kernel)
-        return self.turned(p, y.movedim(channel, -1)).movedim(-1, channel).to(y.dtype)
+        return site.channels_back(self.turned(p, site.channels_last(y))).to(y.dtype)
 
 
 def _turned(first: Tensor, second: Tensor, y: Tensor) -> Tensor:

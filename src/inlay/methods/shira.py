@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from inlay.config import FanInFanOutField, PeftConfig, PeftType, SavedModulesField, TargetField, setting, settings
 from inlay.core.affine import Affine, Site
 from inlay.core.matrix_layer import matrix_layer
 from inlay.core.method import Method, P
+from inlay.core.places import Entries
 from inlay.core.registry import register_method
 from inlay.core.slot import Init, Normal, Slot, zeros
 from inlay.core.structured import Sparse
-from inlay.errors import ConfigError
 
 __all__ = ["SHiRA", "ShiraConfig"]
 
@@ -47,22 +45,6 @@ class ShiraConfig(TargetField, SavedModulesField, FanInFanOutField, PeftConfig):
     init_weights: bool = setting(default=True, doc="Start from no change; otherwise from a normal distribution.")
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """Fill with the rows and columns of random entries, in the order of the matrix; PEFT draws the same ones."""
-
-    rows: int
-    columns: int
-    seed: int | None
-
-    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        own = torch.Generator()  # PEFT leaves it as it comes where there is no seed
-        if self.seed is not None:
-            own.manual_seed(self.seed)
-        places = torch.randperm(self.rows * self.columns, generator=own)[: tensor.shape[1]].sort().values
-        tensor.copy_(torch.stack([places // self.columns, places % self.columns]))
-
-
 @register_method
 class SHiRA(Method):
     """``W + S`` where S has r * (in + out) trained entries at fixed places."""
@@ -91,34 +73,25 @@ class SHiRA(Method):
 
     def slots(self, site: Site) -> dict[str, Slot]:
         count = self.config.r * (site.out + site.fan_in)
-        fixed = {"buffer": True, "trainable": False, "dtype": torch.int32}
-        places: Init = zeros if self.needs_base else Chosen(site.out, site.fan_in, self.config.random_seed)
-        start: Init = zeros if self.config.init_weights else Normal(1.0)
+        places: Init = zeros if self.needs_base else Entries(site.out, site.fan_in, self.config.random_seed)
         return {
-            "values": site.slot("shira_weight.*", "*experts n", start, n=count),
-            "places": site.slot("shira_indices.*", "2 n", places, options=fixed, n=count),
+            "values": site.slot("shira_weight.*", "*experts n", self.still_or(Normal(1.0)), n=count),
+            "places": site.constant("shira_indices.*", "2 n", places, saved=True, dtype=torch.int32, n=count),
         }
 
     def prepare(self, site: Site, p: P, layer: Affine) -> None:
-        function, owner = self.config.mask_fn, type(self.config).__name__
-        if function is None:
-            raise ConfigError(
-                f"{owner}.mask_type: expected 'random', or a function in mask_fn; found "
-                f"{self.config.mask_type!r} and none."
-            )
-        seed = {"random_seed": self.config.random_seed} if self.config.mask_type == "random" else {}
-        mask = function(matrix_layer(layer), self.config.r, **seed)
-        if tuple(mask.shape) != (site.out, site.fan_in):
-            raise ConfigError(
-                f"{owner}.mask_fn: expected a mask of shape {(site.out, site.fan_in)} for {site.name!r}, found "
-                f"{tuple(mask.shape)}."
-            )
-        places = (mask == 1).nonzero().t()
+        config, name = self.config, self.config.mask_type
+        if config.mask_fn is None:
+            raise config.wrong("mask_type", f"expected 'random', or a function in mask_fn; found {name!r} and none.")
+        seed = {"random_seed": config.random_seed} if name == "random" else {}
+        mask = config.mask_fn(matrix_layer(layer), config.r, **seed)
+        shape, here = (site.out, site.fan_in), f"for {site.name!r}"
+        if tuple(mask.shape) != shape:
+            raise config.wrong("mask_fn", f"expected a mask of shape {shape} {here}, found {tuple(mask.shape)}.")
+        places, n = (mask == 1).nonzero().t(), p.places.shape[1]
         if places.shape != p.places.shape or bool(((mask != 0) & (mask != 1)).any()):
-            raise ConfigError(
-                f"{owner}.mask_fn: expected a mask for {site.name!r} with r * (in + out) = {p.places.shape[1]} "
-                f"ones, and zeros; found {places.shape[1]} ones and {int((mask == 0).sum())} zeros."
-            )
+            found = f"found {places.shape[1]} ones and {int((mask == 0).sum())} zeros"
+            raise config.wrong("mask_fn", f"expected a mask {here} with r * (in + out) = {n} ones, and zeros; {found}.")
         p.places.copy_(places)
 
     def delta(self, site: Site, p: P) -> Sparse:

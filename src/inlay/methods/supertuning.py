@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inlay.config import PeftConfig, PeftType, SavedModulesField, TargetField, setting, settings
+from inlay.config import PeftConfig, PeftType, SavedModulesField, TargetField, dropout_setting, setting, settings
 from inlay.core.affine import Affine, Delta, Dense, LowRank, Site
-from inlay.core.method import Method, P
+from inlay.core.method import Inner, Method, P
 from inlay.core.registry import register_method
 from inlay.core.slot import KaimingUniform, Normal, Slot, zeros
 from inlay.core.structured import Sparse
-from inlay.errors import ConfigError, InlayWarning
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
 
 __all__ = ["SuperTuning", "SupertuningConfig"]
 
@@ -43,9 +38,7 @@ class SupertuningConfig(TargetField, SavedModulesField, PeftConfig):
         default=None, doc="Rank of a LoRA beside the single weights (Supra).", gt=0, parameters="adds r * (in + out)"
     )
     lora_alpha: float | None = setting(default=None, doc="Numerator of the LoRA's scale alpha / r; 2 * r by default.")
-    lora_dropout: float = setting(
-        default=0.0, doc="Probability of dropping an input element of the LoRA.", ge=0.0, lt=1.0
-    )
+    lora_dropout: float = dropout_setting("the LoRA")
     init_weights: bool = setting(default=True, doc="Start from no change; otherwise every trained tensor is random.")
     save_precomputed_indices: bool = setting(
         default=True, doc="Keep the places in the checkpoint; otherwise they are found again in the base weight."
@@ -53,18 +46,14 @@ class SupertuningConfig(TargetField, SavedModulesField, PeftConfig):
 
     def check_fields(self) -> None:
         if self.r is None and self.lora_alpha is not None:
-            raise ConfigError(
-                f"{type(self).__name__}.lora_alpha: expected None, because r is None and there is no LoRA to scale; "
-                f"found {self.lora_alpha!r}"
-            )
+            because = "because r is None and there is no LoRA to scale"
+            raise self.wrong("lora_alpha", f"expected None, {because}; found {self.lora_alpha!r}")
         if self.r is not None and self.lora_alpha is None:
             self.lora_alpha = 2.0 * self.r
         if not self.save_precomputed_indices:
-            warnings.warn(
-                f"{type(self).__name__}.save_precomputed_indices is False: the places are found again on loading, and "
-                "are others if the base weights differ at all.",
-                InlayWarning,
-                stacklevel=5,
+            self.warn(
+                "save_precomputed_indices is False: the places are found again on loading, and are others if the base "
+                "weights differ at all."
             )
 
 
@@ -97,11 +86,10 @@ class SuperTuning(Method):
 
     def slots(self, site: Site) -> dict[str, Slot]:
         n, r, start = self.count(site), self.config.r, self.config.init_weights
-        fixed = {"buffer": True, "trainable": False, "dtype": torch.int32}
-        kept = {**fixed, "saved": self.config.save_precomputed_indices}
+        kept = self.config.save_precomputed_indices
         slots = {
             "values": site.slot("supertuning_values.*", "*experts n", zeros if start else Normal(1.0), n=n),
-            "indices": site.slot("supertuning_indices.*", "*experts n", options=kept, n=n),
+            "indices": site.constant("supertuning_indices.*", "*experts n", saved=kept, dtype=torch.int32, n=n),
         }
         if r is not None:
             A, B = "supertuning_lora_A.*.weight", "supertuning_lora_B.*.weight"

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inlay.config import (
-    FanInFanOutField,
-    LayerFields,
-    PeftConfig,
-    PeftType,
-    SavedBasesField,
-    SavedModulesField,
-    TargetField,
-    bias_setting,
-    setting,
-    settings,
-)
+from inlay.config import PeftConfig, PeftType, SavedProjectionFields, bias_setting, setting, settings
 from inlay.core.affine import Affine, Dense, LowRank, Site
-from inlay.core.method import Method, P
+from inlay.core.method import Inner, Method, P
 from inlay.core.registry import register_method
-from inlay.core.slot import Normal, Seeded, Slot, Uniform, zeros
+from inlay.core.slot import Normal, Seeded, Slot, Uniform
 from inlay.errors import StateError
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
 
 __all__ = ["TinyLoRA", "TinyLoraConfig"]
 
@@ -35,7 +21,7 @@ __all__ = ["TinyLoRA", "TinyLoraConfig"]
     positional="r u weight_tying projection_seed save_projection init_v_bound target_modules tinylora_dropout "
     "fan_in_fan_out bias modules_to_save init_weights layers_to_transform layers_pattern"
 )
-class TinyLoraConfig(TargetField, SavedModulesField, LayerFields, SavedBasesField, FanInFanOutField, PeftConfig):
+class TinyLoraConfig(SavedProjectionFields, PeftConfig):
     """Configuration of TinyLoRA."""
 
     peft_type = PeftType.TINYLORA
@@ -68,10 +54,10 @@ class Numbered:
     """Draw the random matrices of a layer, from the seed plus the layer's number."""
 
     def __init__(self, numbers: dict[str, int], site: str, seed: int, std: float) -> None:
-        self.numbers, self.site, self.seed, self.std = numbers, site, seed, std
+        self.order, self.site, self.seed, self.std = numbers, site, seed, std
 
     def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        Seeded(self.seed + number_of(self.numbers, self.site), Normal(self.std))(tensor, generator)
+        Seeded(self.seed + number_of(self.order, self.site), Normal(self.std))(tensor, generator)
 
 
 def number_of(numbers: dict[str, int], site: str) -> int:
@@ -97,15 +83,15 @@ class TinyLoRA(Method):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.numbers: dict[str, int] = {}
+        self.order: dict[str, int] = {}
 
     def options(self, site: Site) -> dict[str, Any]:
         return {"r": min(self.config.r, site.out, site.fan_in), "u": self.config.u}
 
     def shared_slots(self, sites: list[Site]) -> dict[str, Slot]:
-        self.numbers.clear()  # the layers' initial values look here
-        self.numbers.update((site.name, number) for number, site in enumerate(sites))
-        start = zeros if self.config.init_weights is True else Uniform(self.config.init_v_bound)
+        self.order.clear()  # the layers' initial values look here
+        self.order.update((site.name, number) for number, site in enumerate(sites))
+        start = self.still_or(Uniform(self.config.init_v_bound))
         used = dict.fromkeys(str(self.group(site)) for site in sites)
         return {group: Slot(f"tinylora_v.*.{group}", (self.config.u,), ("u",), start) for group in used}
 
@@ -114,21 +100,20 @@ class TinyLoRA(Method):
 
     def group(self, site: Site) -> int:
         """Return which of the vectors a layer uses: as many groups as wanted, of neighbours."""
-        layers = len(self.numbers)
+        layers = len(self.order)
         groups = max(1, round(layers * (1.0 - self.config.weight_tying)))
-        return min(number_of(self.numbers, site.name) // max(1, layers // groups), groups - 1)
+        return min(number_of(self.order, site.name) // max(1, layers // groups), groups - 1)
 
     def slots(self, site: Site) -> dict[str, Slot]:
         r, u = self.options(site).values()
-        frozen: dict[str, Any] = {"buffer": True, "trainable": False}
         # The factors of the weight as it is stored: those of an embedding have the vocabulary on the left.
         left, right = ("fan_in r", "r out") if site.lookup else ("out r", "r fan_in")
-        matrices = Numbered(self.numbers, site.name, self.config.projection_seed, r**-0.5)
-        kept = {**frozen, "saved": self.config.save_projection}
+        matrices = Numbered(self.order, site.name, self.config.projection_seed, r**-0.5)
+        kept = self.config.save_projection
         return {
-            "A": site.slot("tinylora_A.*", f"*experts {right}", options=frozen, r=r),
-            "B": site.slot("tinylora_B.*", f"*experts {left}", options=frozen, r=r),
-            "P": site.slot("tinylora_P.*", "u r r", matrices, options=kept, r=r, u=u),
+            "A": site.constant("tinylora_A.*", f"*experts {right}", saved=True, r=r),
+            "B": site.constant("tinylora_B.*", f"*experts {left}", saved=True, r=r),
+            "P": site.constant("tinylora_P.*", "u r r", matrices, saved=kept, r=r, u=u),
         }
 
     def prepare(self, site: Site, p: P, layer: Affine) -> None:

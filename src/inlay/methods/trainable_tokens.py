@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inlay.config import PeftConfig, PeftType, TargetField, setting, settings
 from inlay.core.affine import Affine, Columns, Site
-from inlay.core.method import Method, P
+from inlay.core.fills import Given
+from inlay.core.method import Inner, Method, P
 from inlay.core.registry import register_method
-from inlay.core.slot import Normal, Slot, zeros
-from inlay.errors import ConfigError
-
-if TYPE_CHECKING:
-    from inlay.core.inner import Inner
+from inlay.core.slot import Normal, Slot
 
 __all__ = ["TrainableTokens", "TrainableTokensConfig"]
 
@@ -35,18 +31,7 @@ class TrainableTokensConfig(TargetField, PeftConfig):
     def check_fields(self) -> None:
         twice = sorted({i for i in self.token_indices if self.token_indices.count(i) > 1})
         if twice:
-            owner = type(self).__name__
-            raise ConfigError(f"{owner}.token_indices: expected each token once, found {twice[:5]} twice.")
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Fill with given numbers."""
-
-    numbers: tuple[int, ...]
-
-    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.copy_(torch.tensor(self.numbers, dtype=tensor.dtype))
+            raise self.wrong("token_indices", f"expected each token once, found {twice[:5]} twice.")
 
 
 @register_method
@@ -101,13 +86,13 @@ class TrainableTokens(Method):
         return None
 
     def slots(self, site: Site) -> dict[str, Slot]:
-        numbers = tuple(self.config.token_indices)
-        sizes: dict[str, Any] = {"n": len(numbers), "d": site.out if site.lookup else site.fan_in}
-        fixed = {"buffer": True, "saved": False, "trainable": False, "dtype": torch.int64}
-        start = zeros if self.config.init_weights else Normal(1.0)  # zeros stand in until prepare
+        index, dims = Given(tuple(self.config.token_indices)), site.out if site.lookup else site.fan_in
+        sizes: dict[str, Any] = {"n": len(index.numbers), "d": dims}
+        place = f"{self.under}trainable_tokens"
+        start = self.still_or(Normal(1.0))  # zeros stand in until prepare
         return {
-            "rows": site.slot(f"{self.under}trainable_tokens_delta.*", "n d", start, **sizes),
-            "index": site.slot(f"{self.under}trainable_tokens_index.*", "n", Numbers(numbers), options=fixed, **sizes),
+            "rows": site.slot(f"{place}_delta.*", "n d", start, **sizes),
+            "index": site.constant(f"{place}_index.*", "n", index, dtype=torch.int64, **sizes),
         }
 
     def prepare(self, site: Site, p: P, layer: Affine) -> Affine | None:

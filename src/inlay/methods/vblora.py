@@ -7,33 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.config import (
-    FanInFanOutField,
-    LayerFields,
-    PeftConfig,
-    PeftType,
-    TargetFields,
-    bias_setting,
-    setting,
-    settings,
-)
+from inlay.config import MatrixTargetFields, PeftConfig, PeftType, bias_setting, dropout_setting, setting, settings
 from inlay.core.affine import LowRank, Site
+from inlay.core.divisors import undivided
+from inlay.core.largest_logits import largest_alone, with_the_others
 from inlay.core.method import Method, P
 from inlay.core.registry import register_method
 from inlay.core.slot import Normal, Slot, Uniform
-from inlay.errors import ConfigError, StateError
+from inlay.errors import StateError
 
 __all__ = ["VBLoRA", "VBLoRAConfig"]
-
-# What the keys of packed logits end with.
-INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
 
 
 @settings(
     positional="r num_vectors vector_length topk target_modules exclude_modules save_only_topk_weights vblora_dropout "
     "fan_in_fan_out bias modules_to_save init_vector_bank_bound init_logits_std layers_to_transform layers_pattern"
 )
-class VBLoRAConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
+class VBLoRAConfig(MatrixTargetFields, PeftConfig):
     """Configuration of VB-LoRA."""
 
     peft_type = PeftType.VBLORA
@@ -52,14 +42,14 @@ class VBLoRAConfig(TargetFields, LayerFields, FanInFanOutField, PeftConfig):
         default=False,
         doc="Save which vectors are mixed and their weights, not the logits; training cannot go on then.",
     )
-    vblora_dropout: float = setting(default=0.0, doc="Chance that the factors do not see an input.", ge=0, lt=1)
+    vblora_dropout: float = dropout_setting()
     bias: str = bias_setting("vblora")
     init_vector_bank_bound: float = setting(default=0.02, doc="The bank starts uniformly in -this to this.", ge=0)
     init_logits_std: float = setting(default=0.1, doc="Deviation of the logits at the start.", ge=0)
 
     def check_fields(self) -> None:
         if self.topk > self.num_vectors:
-            raise ConfigError(f"VBLoRAConfig.topk: expected at most num_vectors={self.num_vectors}, found {self.topk}.")
+            raise self.wrong("topk", f"expected at most num_vectors={self.num_vectors}, found {self.topk}.")
 
 
 @register_method
@@ -72,22 +62,13 @@ class VBLoRA(Method):
     config_class = VBLoRAConfig
     prefix = "vblora_"
     dropout_field = "vblora_dropout"
+    identity = False
+    numbers = ("r", "topk")
     patterned = ()
     config: VBLoRAConfig
 
-    @property
-    def identity(self) -> bool:
-        return False
-
-    def options(self, site: Site) -> dict[str, Any]:
-        return {"r": self.config.r, "topk": self.config.topk}
-
     def refuse(self, site: Site) -> str | None:
-        length = self.config.vector_length
-        for features, name in ((site.fan_in, "inputs"), (site.out, "outputs")):
-            if features % length:
-                return f"vector_length={length} does not divide its {features} {name}"
-        return None
+        return undivided(site, "vector_length", self.config.vector_length)
 
     def shared_slots(self, sites: list[Site]) -> dict[str, Slot]:
         shape, start = (self.config.num_vectors, self.config.vector_length), Uniform(self.config.init_vector_bank_bound)
@@ -130,26 +111,7 @@ class VBLoRA(Method):
     def pack(self, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if not config.save_only_topk_weights:
             return tensors
-        limits = {torch.uint8: 2**8, torch.int16: 2**15, torch.int32: 2**31}
-        dtype = next((dtype for dtype, limit in limits.items() if config.num_vectors < limit), torch.int64)
-        result = {}
-        for key, value in tensors.items():
-            if "vblora_logits_" not in key:
-                result[key] = value
-                continue
-            largest, index = value.topk(config.topk, dim=-1)
-            result[f"{key}{INDICES}"] = index.to(dtype)
-            result[f"{key}{WEIGHTS}"] = largest.softmax(-1)[..., :-1].contiguous()  # the last is what is missing to 1
-        return result
+        return largest_alone(tensors, "vblora_logits_", config.topk, config.num_vectors)
 
     def unpack(self, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        result = dict(tensors)
-        for key in tensors:
-            stem = key.removesuffix(INDICES)
-            if stem == key or f"{stem}{WEIGHTS}" not in tensors:
-                continue
-            index, weights = result.pop(key).long(), result.pop(f"{stem}{WEIGHTS}")
-            weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1)
-            logits = weights.new_full((*weights.shape[:-1], config.num_vectors), -torch.inf)
-            result[stem] = logits.scatter(-1, index, weights.log())
-        return result
+        return with_the_others(tensors, config.num_vectors)

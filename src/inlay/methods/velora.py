@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from inlay.core.affine import Delta, LowRank, Site
 from inlay.core.compressed import Compressed
+from inlay.core.fills import unit_vector
 from inlay.core.method import P
 from inlay.core.slot import Slot, zeros
 from inlay.methods.lora import LoRA
 
 __all__ = ["VeLoRA"]
-
-
-def unit(tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill with a random direction of length 1."""
-    tensor.normal_(generator=generator)
-    wide = tensor.float()
-    tensor.copy_(wide / torch.linalg.vector_norm(wide))
 
 
 class VeLoRA(LoRA):
@@ -39,9 +32,8 @@ class VeLoRA(LoRA):
         options = self.config.velora_config
         assert options is not None
         size = -(-site.all_channels // options.num_groups)
-        init = unit if options.init_type == "random" else zeros
-        fixed = {"buffer": True, "trainable": False}
-        return {**super().slots(site), "embed": site.slot("lora_velora_embed.*", "v", init, options=fixed, v=size)}
+        init = unit_vector if options.init_type == "random" else zeros
+        return {**super().slots(site), "embed": site.constant("lora_velora_embed.*", "v", init, saved=True, v=size)}
 
     def update(self, site: Site, p: P) -> Delta:
         update = super().update(site, p)

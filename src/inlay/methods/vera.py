@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from inlay.config import (
-    FanInFanOutField,
-    LayerFields,
-    PeftConfig,
-    PeftType,
-    ProjectionFields,
-    SavedModulesField,
-    TargetField,
-    bias_setting,
-    setting,
-    settings,
-)
+from inlay.config import PeftConfig, PeftType, ProjectionFields, bias_setting, dropout_setting, setting, settings
 from inlay.core.affine import LowRank, Site
 from inlay.core.method import Method, P
 from inlay.core.registry import register_method
@@ -28,15 +17,13 @@ __all__ = ["VeRA", "VeraConfig"]
     positional="r target_modules projection_prng_key save_projection vera_dropout d_initial fan_in_fan_out bias "
     "modules_to_save init_weights layers_to_transform layers_pattern"
 )
-class VeraConfig(TargetField, SavedModulesField, LayerFields, ProjectionFields, FanInFanOutField, PeftConfig):
+class VeraConfig(ProjectionFields, PeftConfig):
     """Configuration of VeRA."""
 
     peft_type = PeftType.VERA
 
     r: int = setting(default=256, doc="Rank of the shared projections.", gt=0, parameters="r + out a layer")
-    vera_dropout: float = setting(
-        default=0.0, doc="Probability of dropping an input element of the update.", ge=0.0, lt=1.0
-    )
+    vera_dropout: float = dropout_setting()
     d_initial: float = setting(default=0.1, doc="What the factors inside the update start from.")
     bias: str = bias_setting("vera")
     init_weights: bool = setting(
@@ -51,6 +38,7 @@ class VeRA(Method):
     config_class: ClassVar[type[Any]] = VeraConfig
     prefix = "vera_lambda_"
     dropout_field = "vera_dropout"
+    numbers = ("r",)
     config: Any
 
     @property
@@ -62,9 +50,6 @@ class VeRA(Method):
     def rows(self) -> int:
         """Rows of A, one for each number that d scales."""
         return int(self.config.r)
-
-    def options(self, site: Site) -> dict[str, Any]:
-        return {"r": self.config.r}
 
     def shared_slots(self, sites: list[Site]) -> dict[str, Slot]:
         if not sites:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from inlay.compat.layers.lora import ConvMembers, LinearMembers
 from inlay.compat.layers.mixins import refill
 from inlay.compat.layers.viewing import Derived
+from inlay.core.divisors import nearest_divisor
 from inlay.core.entry import AdapterTensors
 from inlay.core.inner import Inner
-from inlay.methods.oft import nearest_divisor
 
 __all__ = ["FURTHER", "MEMBERS", "BufferDict", "replaced_rows"]
 
