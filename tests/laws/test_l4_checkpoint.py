@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from cells import Cell
-from subject import Subject, assert_bitwise, tensors_of
+from cells import Cell, method_of
+from subject import Subject, assert_bitwise, assert_close, tensors_of
 
 from inlay.checkpoint import (
     get_peft_model_state_dict,
@@ -48,6 +48,9 @@ def test_files(cell: Cell, tmp_path: Path) -> None:
     assert_bitwise({n: after[n] for n in adapters}, adapters)
     for names in (("two", "one"), ("one",)):
         subject.activate(*names)
-        set_active(state, names)
-        with torch.no_grad():  # the twin does not train, and products that nothing is kept of go in another order
-            assert torch.equal(twin(subject.x), subject.model(subject.x))
+        set_active(state, names, trainable=True)  # where nothing trains, products are made in another order
+        found, expected = twin(subject.x), subject.model(subject.x)
+        if method_of(cell.method).own_backward:  # what is kept for backward may be kept in one of them alone
+            assert_close(found, expected, cell.dtype, size=subject.largest())
+        else:
+            assert torch.equal(found, expected)

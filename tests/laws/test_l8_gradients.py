@@ -12,8 +12,8 @@ from inlay.testing.laws import forward
 STORAGES = ("plain_fp64",)
 # methods whose update has no rows of its own: each of its numbers belongs to several tokens
 _DENSE = {
-    *("VERA", "PVERA", "RANDLORA", "TINYLORA", "FOURIERFT", "GLORA", "PSOFT", "BEFT", "ADALORA", "ADAMSS", "FROD", "OSF"),
-    *("LILY", "POLY", "LOKR", "C3A", "GRALORA", "MISS"),
+    *("VERA", "PVERA", "RANDLORA", "TINYLORA", "FOURIERFT", "GLORA", "PSOFT", "BEFT", "ADALORA", "ADAMSS", "FROD"),
+    *("OSF", "LILY", "POLY", "LOKR", "C3A", "GRALORA", "MISS"),
 }
 # the like, where other forms of the method have rows; of an orthogonal start A has values for every token
 _DENSE_FORMS = {"lora_qa", "waveft", "lora_orthogonal"}
