@@ -139,6 +139,7 @@ def bare_model(model: nn.Module) -> tuple[nn.Module, str]:
 def _walk(bare: nn.Module, memory: str) -> Iterator[Node]:
     """Yield every module, depth first in the order of registration."""
     seen: set[int] = set()
+    plain: set[type] = set()  # classes that wrap nothing, which nearly all of a model's are
     todo = [Node(bare, "", memory.removesuffix("."), "")]
     while todo:
         node = todo.pop()
@@ -147,22 +148,25 @@ def _walk(bare: nn.Module, memory: str) -> Iterator[Node]:
             continue
         seen.add(id(module))
         yield node
-        if not module._modules:
+        children = module._modules
+        if not children:
             continue
         follower = follower_of(module)
         passed = shared_names(module)
         path, memory, original = (f"{name}." if name else "" for name in (node.path, node.memory, node.original))
-        below: list[Node] = []
-        children = module._modules
         if follower is not None:
             children = {follower.base_attribute: children.get(follower.base_attribute)}
-        for name, child in children.items():
+        for name in reversed(children):
+            child = children[name]
             if child is None or name in passed:
                 continue
-            inner, between = unwrapped(child)
-            here = f"{memory}{name}.{between[:-1]}" if between else memory + name
-            below.append(Node(inner, path + name, here, original + name if follower is None else node.original))
-        todo.extend(reversed(below))
+            here = memory + name
+            if type(child) not in plain:
+                if _below(type(child)) is None:
+                    plain.add(type(child))
+                child, between = unwrapped(child)
+                here = f"{here}.{between[:-1]}" if between else here
+            todo.append(Node(child, path + name, here, original + name if follower is None else node.original))
 
 
 def _joined(path: str, name: str) -> str:

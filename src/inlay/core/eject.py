@@ -28,16 +28,20 @@ def delete(model: nn.Module, state: State, name: str) -> None:
         UnknownAdapterError: there is no such adapter.
         MergeError: it is merged.
     """
-    state.record(name)
+    record = state.record(name)
     layers = list(state.layers())
     for layer in layers:
-        if name in layer.merged_names:
+        merged = layer.merged_names
+        if not merged:
+            continue
+        if name in merged:
             raise MergeError(f"adapter {name!r} is merged into {layer.site_path!r}; unmerge it before deleting it")
-        if layer.merged_names and state.records[name].rebased:
+        if record.rebased:
             raise MergeError(
                 f"deleting {name!r} gives {layer.site_path!r} back the weight that it had before, and "
-                f"{', '.join(map(repr, layer.merged_names))} is merged into it; unmerge first"
+                f"{', '.join(map(repr, merged))} is merged into it; unmerge first"
             )
+    record.reach = None  # which would keep its tensors alive
     bare = False
     for layer in layers:
         layer.drop_adapter(name)
@@ -47,8 +51,8 @@ def delete(model: nn.Module, state: State, name: str) -> None:
         restore_readers(model)
     if len(state.records) == 1:
         _end_replication(model, state)
-    after = list(state.records)[list(state.records).index(name) + 1 :] if state.records[name].rebased else []
-    record = state.records.pop(name)
+    after = list(state.records)[list(state.records).index(name) + 1 :] if record.rebased else []
+    del state.records[name]
     state.training.discard(name)
     if record.shared:
         drop_shared(state, record.shared, name)

@@ -72,12 +72,14 @@ class Roles(NamedTuple):
     places: tuple[tuple[str, tuple[str, ...], str], ...]
     weights: tuple[str, ...]
     trained: tuple[tuple[str, tuple[str, ...], str], ...]
+    holders: tuple[tuple[str, ...], ...]
 
     @classmethod
     def of(cls, slots: dict[str, Slot]) -> Roles:
         places = tuple((role, *slot.place) for role, slot in slots.items())
         weights = tuple(role for role, slot in slots.items() if not slot.buffer)
-        return cls(places, weights, tuple(place for place in places if slots[place[0]].trainable))
+        trained = tuple(place for place in places if slots[place[0]].trainable)
+        return cls(places, weights, trained, tuple(dict.fromkeys(path for _, path, _ in places)))
 
 
 class Entry:
@@ -92,6 +94,7 @@ class Entry:
         home: the module that holds the containers: the layer itself, or another one for tied tensors.
         weights: roles of the slots that are parameters.
         trained: those of ``places`` whose slots let them train.
+        holders: the containers of ``places``, each once.
         mesh: the device mesh that the base weight is spread over by tensor parallelism, if it is.
         skip_probability: chance of leaving the adapter out of one training forward (``module_dropout``).
         room: shape by role of tensors that have a larger rank than their slots, filled up with zeros, so that an
@@ -101,6 +104,7 @@ class Entry:
 
     __slots__ = (
         "compiled",
+        "holders",
         "home",
         "mesh",
         "method",
@@ -120,7 +124,7 @@ class Entry:
         self.method = method
         self.site = site
         self.options = options
-        self.places, self.weights, self.trained = roles
+        self.places, self.weights, self.trained, self.holders = roles
         self.shared: tuple[tuple[str, tuple[str, ...], str], ...] = ()
         self.home: nn.Module | None = None
         self.mesh: Any = None

@@ -204,24 +204,24 @@ class Follower(Light):
         return active[0] if len(active) == 1 else list(active)
 
 
-def base_modules(root: nn.Module) -> Iterator[nn.Module]:
-    """Iterate over ``root`` and the modules below it, each once and in the order of ``modules()``.
+def base_modules(root: nn.Module) -> list[nn.Module]:
+    """Return ``root`` and the modules below it, each once and in the order of ``modules()``.
 
     What hangs below a follower, of any number of adapters, is passed over: only what it stands for is entered.
     """
-    seen: set[int] = set()
+    found: dict[int, nn.Module] = {}
     todo: list[Any] = [root]
     while todo:
         module = todo.pop()
-        if module is None or id(module) in seen:
+        if module is None or id(module) in found:
             continue
-        seen.add(id(module))
-        yield module
+        found[id(module)] = module
         below = module._modules
         if isinstance(module, Follower):
             todo.append(below.get(module.base_attribute))
         elif below:
             todo.extend(reversed(below.values()))
+    return list(found.values())
 
 
 def follower_of(module: nn.Module) -> Follower | None:

@@ -154,33 +154,27 @@ def container(layer: nn.Module, path: tuple[str, ...], cls: type[nn.Module]) -> 
 
 def dismount(layer: EntryHolder, adapter: str) -> None:
     """Drop everything that an adapter has at a layer; containers that end empty go too."""
-    below = layer._modules
-    record = layer.__dict__["_state"].records.get(adapter)
-    if record is not None:
-        record.reach = None  # which would keep it alive
-    for entry in layer.__dict__["entries"].pop(adapter, ()):
+    own = layer.__dict__
+    entries = own["entries"].pop(adapter, ())
+    below = own["_modules"]
+    for entry in entries:
         for _, path, leaf in entry.places:
-            if leaf and len(path) == 1:  # the usual case, with few calls: a model has thousands of places
-                _drop_module(below, path[0], adapter)
-            else:
+            if not leaf or len(path) != 1:
                 _drop(layer, path, adapter)
+                continue
+            name = path[0]
+            if name in below:  # the usual case, with few calls: a model has thousands of places
+                held = below[name].__dict__["_modules"]
+                held.pop(adapter, None)
+                if not held:
+                    del below[name]
         field = entry.method.dropout_field
-        holder: Any = None if field is None else below.get(field)
-        if holder is not None:
-            held = holder._modules
+        if field in below:
+            held = below[field]._modules
             held.pop(adapter, None)
             made = bool(getattr(entry.method.config, field))  # its coming made those that stand for nothing
             if not held or (made and all(type(module) is NoDropout for module in held.values())):
                 del below[field]
-
-
-def _drop_module(below: dict[str, Any], name: str, adapter: str) -> None:
-    holder = below.get(name)
-    if holder is not None:
-        held = holder._modules
-        held.pop(adapter, None)
-        if not held:
-            del below[name]
 
 
 def _drop(layer: nn.Module, path: tuple[str, ...], adapter: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -52,13 +51,6 @@ def put_in_eval_mode(model: nn.Module, state: State, names: Iterable[str]) -> No
                 module.eval()
 
 
-@lru_cache(maxsize=1024)
-def _containers(places: tuple[tuple[str, tuple[str, ...], str], ...], field: str | None) -> list[tuple[str, ...]]:
-    """Return the paths of the containers below a layer that an adapter has modules in."""
-    paths = [containers for _, containers, _ in places]
-    return list(dict.fromkeys(paths if field is None else [*paths, (field,)]))
-
-
 class EntryHolder(Follower):
     """Has ``entries`` by adapter name over a ``base_layer``."""
 
@@ -90,7 +82,8 @@ class EntryHolder(Follower):
         """Iterate over the modules that adapters have here."""
         below = self._modules
         for entry in self._each(names):
-            for path in _containers(entry.places, entry.method.dropout_field):
+            field = entry.method.dropout_field
+            for path in entry.holders if field not in below else (*entry.holders, (field,)):
                 holder: Any = below.get(path[0])
                 for part in path[1:]:
                     holder = None if holder is None else holder._modules.get(part)

@@ -244,6 +244,9 @@ class LayerSurface(EntryHolder):
         if adapter_name in self._merged:
             raise MergeError(f"adapter {adapter_name!r} is merged into this layer; unmerge it before deleting it")
         dismount(self, adapter_name)
+        record = self.state.records.get(adapter_name)
+        if record is not None:
+            record.reach = None  # which would keep its tensors alive
         self.state.touch()
         if adapter_name in self.active:
             wanted = self.active if new_active_adapters is None else new_active_adapters
