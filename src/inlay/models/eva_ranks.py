@@ -81,7 +81,7 @@ def place_directions(model: Any, adapter: str, directions: dict[str, Tensor]) ->
         dismount(layer, adapter)
     if dropped:
         take_out_empty(root, state)
-    record.method = made.method
+    record.method, record.reach = made.method, None
     for field in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
         setattr(config, field, getattr(made.method.config, field))
     config.rank_pattern, config.alpha_pattern = asked.rank_pattern, asked.alpha_pattern
