@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from sharded_checks import (
     Reference,
     assert_bitwise,
@@ -21,6 +22,7 @@ from sharded_checks import (
     my_share,
     trained,
 )
+from sharded_further import ALL_CELLS, FEW, FURTHER, equal_runs
 from sharded_model import METHODS, SEED, Net, adapted, batch, build, loss, perturb
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -69,6 +71,18 @@ def equals(method: str) -> None:
     eject(model, state)
     with torch.no_grad():
         assert_close(model(x), reference.base(x), "output after ejecting")
+
+
+def further(method: str) -> None:
+    reference = Reference(FURTHER[method](), dist.get_world_size())
+    model = build()
+    state = adapted(model, FURTHER[method]())
+    if method == "lily":  # layers of several blocks share tensors, and fully_shard wants them in one unit
+        fully_shard(model)
+    else:
+        sharded(model)
+    model.train(reference.model.training)
+    equal_runs(model, state, reference, my_share(reference.x.detach()), my_share(reference.y))
 
 
 def after_sharding() -> None:
@@ -190,6 +204,7 @@ def trained_bias() -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     **{method: partial(equals, method) for method in METHODS},
+    **{method: partial(further, method) for method in (FURTHER if ALL_CELLS else FEW)},
     "after_sharding": after_sharding,
     "mixed_precision": mixed_precision,
     "kept_weights": kept_weights,

@@ -92,8 +92,9 @@ def loss(y: Tensor) -> Tensor:
     return (y * weights + 0.1 * y.square()).mean()
 
 
-def adapted(model: nn.Module, method: str, name: str = "one") -> State:
-    return inject(plan(model, METHODS[method](), name), seed=SEED)
+def adapted(model: nn.Module, config: str | Any, name: str = "one") -> State:
+    """Inject an adapter of a configuration, or of one of :data:`METHODS`."""
+    return inject(plan(model, METHODS[config]() if isinstance(config, str) else config, name), seed=SEED)
 
 
 def perturb(state: State, name: str = "one") -> None:

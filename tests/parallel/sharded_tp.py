@@ -21,6 +21,7 @@ from sharded_checks import (
     common_folder,
     trained,
 )
+from sharded_further import FURTHER, equal_runs
 from sharded_model import METHODS, SEED, Net, adapted, batch, build, loss, perturb
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -76,6 +77,26 @@ def equals(method: str) -> None:
     assert hooks(originals) == before
     with torch.no_grad():
         assert_close(model(x), reference.base(x), "output after ejecting")
+
+
+def further(method: str) -> None:
+    reference = Reference(FURTHER[method]())
+    model = spread()
+    state = adapted(model, FURTHER[method]())
+    model.train(reference.model.training)
+    equal_runs(model, state, reference, reference.x.detach(), reference.y)
+
+
+# what uses an operator that torch has not for tensors spread over processes
+STOPS = ("adamss", "frod", "lora_bd")
+
+
+def stops(method: str) -> None:
+    """Torch says so in the first forward, and no number comes out."""
+    model = spread()
+    adapted(model, FURTHER[method]())
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"DTensor|sharding strategy"):
+        model(batch())
 
 
 def placements() -> None:
@@ -232,6 +253,7 @@ def unknown_placement() -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     **{method: partial(equals, method) for method in METHODS},
+    **{method: partial(stops if method in STOPS else further, method) for method in FURTHER},
     "placements": placements,
     "unequal_seeds": unequal_seeds,
     "by_sample": by_sample,

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from inlay.core.registry import BUILTIN_METHODS
+
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "src"
 # way of sharding -> processes
@@ -24,6 +26,8 @@ else:
 
 sys.path.insert(0, str(HERE))
 CASES = [(way, case) for way in WAYS for case in import_module(f"sharded_{way}").CASES]
+
+MODEL, FURTHER = (import_module(f"sharded_{name}") for name in ("model", "further"))
 
 _outcomes: dict[str, dict[str, str]] = {}
 
@@ -53,6 +57,11 @@ def outcomes(way: str, folder: Path) -> dict[str, str]:
         found = json.loads(target.read_text()) if target.exists() else {}
         _outcomes[way] = {**found, "": f"exit status {run.returncode}\n{run.stdout[-2000:]}\n{run.stderr[-6000:]}"}
     return _outcomes[way]
+
+
+def test_every_method_is_sharded() -> None:
+    configs = [config() for config in (*MODEL.METHODS.values(), *FURTHER.FURTHER.values())]
+    assert {config.peft_type.value for config in configs} == set(BUILTIN_METHODS)
 
 
 @pytest.mark.parametrize(("way", "case"), CASES, ids=[f"{way}-{case}" for way, case in CASES])
