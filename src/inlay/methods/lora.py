@@ -115,6 +115,10 @@ class LoRA(Method):
         """Return A as (*experts, r, fan_in) and B as (*experts, out, r)."""
         return self.factors(site, p.A, p.B)
 
+    def spread(self, site: Site) -> float:
+        """Return the squared norm of A as it is applied, over that of A as it is stored."""
+        return 1.0
+
     def made_of(self, p: P) -> tuple[Tensor, ...]:
         """Return the tensors that the update is made of."""
         return p.A, p.B

@@ -38,6 +38,10 @@ class QALoRA(LoRA):
         slots["A"] = replace(A, shape=shape, dims=("r", "groups"), init=first, leaf=None, discarded=discarded)
         return slots
 
+    def spread(self, site: Site) -> float:
+        g = self.config.qalora_group_size
+        return super().spread(site) * g * (site.fan_in / g / g) ** 2
+
     def pair(self, site: Site, p: P) -> tuple[Tensor, Tensor]:
         A, B = super().pair(site, p)
         g = self.config.qalora_group_size

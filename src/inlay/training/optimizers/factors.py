@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inlay.core.layer import AdaptedLayer
+from inlay.core.sliced import own_method, own_site
 
-__all__ = ["Name", "Packing", "damped_inverse", "experts_of", "scaling_of"]
+__all__ = ["Name", "Packing", "damped_inverse", "scaling_of"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Name:
         """Return the same name with another container."""
         return ".".join(part for part in (self.layer, container, self.adapter, self.leaf) if part)
 
+    @property
+    def values(self) -> str:
+        """The name of the singular values between A and B, which KaSA has."""
+        return ".".join(part for part in (self.layer, "lora_diag", self.adapter) if part)
+
 
 def _layer(model: nn.Module, name: Name) -> Any:
     try:
@@ -64,50 +71,76 @@ def scaling_of(model: nn.Module, name: str) -> float | None:
     return float(scales[parsed.adapter])
 
 
-def experts_of(model: nn.Module, name: str) -> int:
-    """Return how many experts a parameter holds the factors of, 1 where it is no bank."""
-    parsed = Name.parse(name)
-    layer = None if parsed is None else _layer(model, parsed)
-    if parsed is None or not isinstance(layer, AdaptedLayer):
-        return 1
-    return max((_product(entry.site.experts) for entry in layer.entries.get(parsed.adapter, ())), default=1)
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    return int(torch.Size(sizes).numel())
-
-
 @dataclass(frozen=True)
 class Packing:
-    """How many independent updates a pair of factors holds, and where each has its part.
+    """How many independent updates a pair of factors holds, where each has its part, and how A is applied.
 
-    A grouped convolution has one for each group of outputs, a bank one for each expert.
+    A grouped convolution, or a block-diagonal B, has one for each group of outputs; a block-diagonal A one for each
+    group of inputs; a bank one for each expert.
+
+    Attributes:
+        experts: how many experts the rank axes hold: slowest in A, fastest in B.
+        inputs: how many groups of inputs have a part of the rank to themselves.
+        spread: the squared norm of A as it is applied, over that of A as it is stored (QA-LoRA repeats it).
+        outputs: how many groups of outputs have a part of the rank to themselves.
     """
 
-    groups: int = 1
     experts: int = 1
+    inputs: int = 1
+    spread: float = 1.0
+    outputs: int = 1
 
     @classmethod
-    def of(cls, A: Tensor, B: Tensor, experts: int = 1) -> Packing:
-        """Return the packing of the factors A (r, in, *kernel) and B (out, r / groups, *ones)."""
-        return cls(1, experts) if experts > 1 else cls(A.shape[0] // B.shape[1], 1)
+    def at(cls, model: nn.Module, name: str) -> Packing:
+        """Return the packing of the factors that a parameter belongs to, but for ``outputs``."""
+        parsed = Name.parse(name)
+        layer = None if parsed is None else _layer(model, parsed)
+        if parsed is None or not isinstance(layer, AdaptedLayer):
+            return cls()
+        found = cls()
+        for entry in layer.entries.get(parsed.adapter, ()):
+            method, site = own_method(entry.method), own_site(entry.method, entry.site)
+            slot = method.slots(site).get("B")
+            spread = getattr(method, "spread", None)
+            if slot is not None and spread is not None:
+                found = cls(math.prod(site.experts), slot.blocks, spread(site))
+        return found
+
+    def of(self, A: Tensor, B: Tensor) -> Packing:
+        """Return the whole packing of the factors A (r, in, *kernel) and B (out, r / outputs, *ones)."""
+        return replace(self, outputs=A.shape[0] // B.shape[1])
+
+    @property
+    def count(self) -> int:
+        """How many independent updates there are."""
+        return self.experts * self.outputs * self.inputs
 
     def matrices_A(self, A: Tensor) -> Tensor:
-        """Return A, or its gradient, as (updates, r, fan_in), or (r, fan_in) where there is one update."""
-        count = self.groups * self.experts
-        flat = A.flatten(1)
-        return flat if count == 1 else flat.unflatten(0, (count, -1))
+        """Return A, or its gradient, as (updates, r, fan_in)."""
+        return A.flatten(1).unflatten(0, (self.count, -1))
 
     def matrices_B(self, B: Tensor) -> Tensor:
-        """Return B, or its gradient, as (updates, out, r), or (out, r) where there is one update."""
-        flat = B.flatten(1)
-        if self.experts > 1:
-            return flat.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
-        return flat if self.groups == 1 else flat.unflatten(0, (self.groups, -1))
+        """Return B, or its gradient, as (updates, out, r)."""
+        apart = B.flatten(1).unflatten(0, (self.outputs, -1)).unflatten(2, (self.inputs, -1, self.experts))
+        return apart.permute(4, 0, 2, 1, 3).flatten(0, 2)
 
     def packed_B(self, matrices: Tensor, like: Tensor) -> Tensor:
         """The inverse of :meth:`matrices_B`."""
-        return (matrices.permute(1, 2, 0) if self.experts > 1 else matrices).reshape(like.shape)
+        apart = matrices.unflatten(0, (self.experts, self.outputs, self.inputs))
+        return apart.permute(1, 3, 2, 4, 0).reshape(like.shape)
+
+    def scaled_A(self, A: Tensor, values: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return A's matrices as they are applied, times the singular values ``values`` (r,) of its rows if it has any.
+
+        Their products ``A A'`` are right; A itself is not repeated.
+        """
+        matrices = self.matrices_A(A).to(dtype) * self.spread**0.5
+        return matrices if values is None else matrices * values.to(dtype).reshape(self.count, -1, 1)
+
+    def scaled_B(self, B: Tensor, values: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return B's matrices with what stands between A's rows and them, as :meth:`scaled_A` does for A."""
+        matrices = self.matrices_B(B).to(dtype) * self.spread**0.5
+        return matrices if values is None else matrices * values.to(dtype).reshape(self.count, 1, -1)
 
 
 def damped_inverse(gram: Tensor, damping: float) -> Tensor:

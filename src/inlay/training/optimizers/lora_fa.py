@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inlay.errors import ConfigError, did_you_mean
-from inlay.training.optimizers.factors import Name, Packing, damped_inverse, experts_of, scaling_of
+from inlay.training.optimizers.factors import Name, Packing, damped_inverse, scaling_of
 
 __all__ = ["LoraFAOptimizer", "create_lorafa_optimizer"]
 
@@ -63,7 +64,7 @@ def create_lorafa_optimizer(
         "names": [name for name, _ in named],
         "scaling_factors": [scaling_of(model, name) for name, _ in named],
         "scaling_factor": lora_alpha / math.sqrt(r) if rslora else lora_alpha / r,
-        "experts": [experts_of(model, name) for name, _ in named],
+        "packings": [dataclasses.astuple(Packing.at(model, name)) for name, _ in named],
         "betas": (0.9, 0.999),
         "weight_decay": weight_decay,
     }
@@ -85,7 +86,7 @@ class LoraFAOptimizer(Optimizer):
 
     Args:
         params: groups that have, beside ``params``, their ``names`` in the model and ``scaling_factors`` (None where a
-            parameter has none). ``experts`` says how many experts a bank has.
+            parameter has none). ``packings`` says how factors hold several updates, as the fields of ``Packing``.
         lr, betas, eps, weight_decay: as in AdamW.
         correct_bias: divide the running averages by what their start at zero takes away.
 
@@ -134,10 +135,10 @@ class LoraFAOptimizer(Optimizer):
         states: Any = self.state  # by name: a pair of factors has one
         for group in self.param_groups:
             scalings = self._scalings(group)
-            experts = group.get("experts") or [1] * len(scalings)
+            packings = group.get("packings") or [()] * len(scalings)
             named = dict(zip(group["names"], group["params"], strict=True))
             taken: set[str] = set()
-            for name, scaling, count in zip(group["names"], scalings, experts, strict=True):
+            for name, scaling, packing in zip(group["names"], scalings, packings, strict=True):
                 parameter = named[name]
                 parsed = Name.parse(name)
                 if parameter.grad is None:
@@ -153,7 +154,8 @@ class LoraFAOptimizer(Optimizer):
                         key = f"{key}.{parsed.adapter}"
                     taken.add(key)
                     factor = group["scaling_factor"] if scaling is None else scaling
-                    grad = _projected(parameter.grad, named[other], parameter, float(factor), count)
+                    held = Packing(*packing).of(named[other], parameter)
+                    grad = _projected(parameter.grad, named[other], named.get(parsed.values), float(factor), held)
                     self._adamw(group, states[key], "_B", parameter, grad)
         return loss
 
@@ -191,10 +193,12 @@ class LoraFAOptimizer(Optimizer):
             parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
 
 
-def _projected(grad: Tensor, A: Tensor, B: Tensor, scaling: float, experts: int) -> Tensor:
-    """Return ``grad (A A^T)^-1 / scaling^2``, the product in bfloat16 where the device has it, as in PEFT."""
-    packing = Packing.of(A, B, experts)
-    factor = packing.matrices_A(A).to(torch.promote_types(A.dtype, torch.float32))
+def _projected(grad: Tensor, A: Tensor, values: Tensor | None, scaling: float, packing: Packing) -> Tensor:
+    """Return ``grad (A A^T)^-1 / scaling^2``, the product in bfloat16 where the device has it, as in PEFT.
+
+    ``values`` are the singular values that A's rows are multiplied by.
+    """
+    factor = packing.scaled_A(A, values, torch.promote_types(A.dtype, torch.float32))
     inverse = damped_inverse(factor @ factor.mT, _DAMPING)
     with torch.autocast(A.device.type, dtype=torch.bfloat16, enabled=_has_bfloat16(A.device)):
         product = packing.matrices_B(grad).to(inverse.dtype) @ inverse

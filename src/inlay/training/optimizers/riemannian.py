@@ -15,24 +15,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inlay.errors import ConfigError, ConfigTypeError, TargetError
-from inlay.training.optimizers.factors import Name, Packing, damped_inverse, experts_of
+from inlay.training.optimizers.factors import Name, Packing, damped_inverse
 
 __all__ = ["create_riemannian_optimizer"]
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two factors that both train."""
+    """Two factors that both train.
+
+    Attributes:
+        packing: the updates that they hold.
+        values: singular values between them, or None.
+    """
 
     A: Tensor
     B: Tensor
     packing: Packing
+    values: Tensor | None = None
 
     @torch.no_grad()
     def precondition(self, reg: float) -> None:
         """Change the gradients in place, each by the factors as they are now; computed in float32 at least."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
-        A, B = self.packing.matrices_A(self.A).to(dtype), self.packing.matrices_B(self.B).to(dtype)
+        A = self.packing.scaled_A(self.A, self.values, dtype)
+        B = self.packing.scaled_B(self.B, self.values, dtype)
         if self.A.grad is not None:
             grad = self.packing.matrices_A(self.A.grad).to(dtype)
             self.A.grad.copy_((damped_inverse(B.mT @ B, reg) @ grad).reshape(self.A.shape))
@@ -51,7 +58,7 @@ def _pairs(model: nn.Module) -> list[_Pair]:
             continue
         B = named.get(parsed.other("lora_B"))
         if B is not None and A.ndim == B.ndim == 2 and A.requires_grad and B.requires_grad:
-            found.append(_Pair(A, B, Packing.of(A, B, experts_of(model, name))))
+            found.append(_Pair(A, B, Packing.at(model, name).of(A, B), named.get(parsed.values)))
     return found
 
 
