@@ -39,8 +39,8 @@ class Kind:
         peft_skips_dropout: PEFT takes a dropout there and never applies it.
         all_linear: whether ``target_modules="all-linear"`` means layers of this kind.
         multiplies: all that the layers do with their weight (out, in) is to multiply features by it, so that low-rank
-            updates run fused (``core.fused``), and by sample (``core.mixed``). A subclass with a ``run`` of its own
-            has to say so itself.
+            updates run fused (``core.fused``), and by sample (``core.mixed``). A subclass with a ``run`` or a
+            ``product`` of its own has to say so itself.
         takes_arguments: what adapters add depends on what is passed beside the input; see :meth:`called`.
         weight_name, bias_name: the parameters' names.
     """
@@ -56,7 +56,7 @@ class Kind:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "run" in vars(cls) and "multiplies" not in vars(cls):
+        if not {"run", "product"}.isdisjoint(vars(cls)) and "multiplies" not in vars(cls):
             cls.multiplies = False
 
     def claims(self, module: Any) -> bool:
@@ -82,6 +82,10 @@ class Kind:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Run the module on ``x`` with another map, in ``dtype`` (by default the input's, or the weight's)."""
+        return self.product(self.called(module, x, args, kwargs), site, affine, x, dtype)
+
+    def product(self, module: Any, site: Site, affine: Affine, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Return what :meth:`run` does, given what stands for the module in this call; a kind has one of the two."""
         raise NotImplementedError
 
     # -- with defaults -------------------------------------------------------------------------------------------

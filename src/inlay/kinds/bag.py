@@ -47,19 +47,9 @@ class EmbeddingBag(Embedding):
         given = dict(zip(("offsets", "per_sample_weights"), args, strict=False)) | kwargs
         return Bags(module, x, given.get("offsets"), given.get("per_sample_weights"))
 
-    def run(
-        self,
-        module: Any,
-        site: Site,
-        affine: Affine,
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        bags = self.called(module, x, args, kwargs)
+    def product(self, module: Any, site: Site, affine: Affine, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         table = affine.weight.t()
-        rows = pool(bags, x, table.to(dtype or self.weight_dtype(bags) or table.dtype), bags.padding_idx)
+        rows = pool(module, x, table.to(dtype or self.weight_dtype(module) or table.dtype), module.padding_idx)
         return rows if affine.bias is None else rows + affine.bias.to(rows.dtype)
 
     def weight_dtype(self, module: Any) -> torch.dtype | None:

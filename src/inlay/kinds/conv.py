@@ -44,16 +44,7 @@ class Conv(Kind):
     def from_matrix(self, site: Site, weight: Tensor) -> Tensor:
         return weight.reshape(weight.shape[0], -1, *site.kernel)
 
-    def run(
-        self,
-        module: Any,
-        site: Site,
-        affine: Affine,
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
+    def product(self, module: Any, site: Site, affine: Affine, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         dtype = dtype or x.dtype
         padded, padding = pad_input(module, x.to(dtype))
         weight = self.from_matrix(site, affine.weight).to(dtype)

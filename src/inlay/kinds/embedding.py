@@ -62,16 +62,7 @@ class Embedding(Kind):
                 )
         return super().stored(module, site, affine)
 
-    def run(
-        self,
-        module: Any,
-        site: Site,
-        affine: Affine,
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
+    def product(self, module: Any, site: Site, affine: Affine, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         assert isinstance(module, nn.Embedding)
         rows = look_up(module, x, affine.weight.t())
         rows = rows.to(dtype or self.weight_dtype(module) or rows.dtype) * embed_scale(module)

@@ -75,16 +75,7 @@ class Linear(Kind):
     def stored_dims(self, site: Site) -> tuple[str, ...]:
         return ("in", "out") if site.transposed else ("out", "in")
 
-    def run(
-        self,
-        module: Any,
-        site: Site,
-        affine: Affine,
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
+    def product(self, module: Any, site: Site, affine: Affine, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         dtype = dtype or x.dtype
         bias = None if affine.bias is None else affine.bias.to(dtype)
         return torch.nn.functional.linear(x.to(dtype), affine.weight.to(dtype), bias)

@@ -54,18 +54,8 @@ class ConvTranspose(Kind):
         size = args[0] if args else kwargs.get("output_size")
         return module if size is None else Geometry(module, x, size)
 
-    def run(
-        self,
-        module: Any,
-        site: Site,
-        affine: Affine,
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
+    def product(self, module: Any, site: Site, affine: Affine, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         dtype = dtype or x.dtype
-        geometry = self.called(module, x, args, kwargs)
         weight = self.from_matrix(site, affine.weight).to(dtype)
         bias = None if affine.bias is None else affine.bias.to(dtype)
-        return Geometry.spread(geometry, site, x.to(dtype), weight, bias, site.groups)
+        return Geometry.spread(module, site, x.to(dtype), weight, bias, site.groups)
