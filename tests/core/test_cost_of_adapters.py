@@ -221,3 +221,20 @@ def test_values_do_not_depend_on_what_was_drawn_before() -> None:
         return tower.blocks[1].v.lora_A["default"].weight  # type: ignore[union-attr,index,return-value]
 
     assert torch.equal(values("v"), values("q", "v"))
+
+
+def test_tensors_by_adapter_are_a_parameter_dict() -> None:
+    """Code that walks a model looks for the dicts that torch has."""
+    tower = Tower(1)
+    inlay.inject(inlay.plan(tower, inlay.VeraConfig(r=2, target_modules=["q"])))
+    held: Any = tower.blocks[0].q.vera_lambda_d
+    assert isinstance(held, nn.ParameterDict)
+    tensor = held["default"]
+    assert list(held.keys()) == list(held) == ["default"]
+    assert held.get("other") is None
+    assert held.pop("default") is tensor
+    assert len(held) == 0
+    assert "default" not in held
+    held["default"] = tensor
+    held.clear()
+    assert not list(held.parameters())

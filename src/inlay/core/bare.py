@@ -70,12 +70,15 @@ def begin(module: nn.Module) -> dict[str, Any]:
     attributes = module.__dict__
     if isinstance(module, Light):
         attributes["training"] = True
+        attributes["_parameters"] = {}
+        attributes["_buffers"] = {}
+        attributes["_modules"] = {}
         for name in module._eager:
             attributes[name] = _TABLES[name]()
-    else:
-        attributes.update(_TEMPLATE)
-        for name, make in _TABLES.items():
-            attributes[name] = make()
+        return attributes
+    attributes.update(_TEMPLATE)
+    for name, make in _TABLES.items():
+        attributes[name] = make()
     for name in _DICTS:
         attributes[name] = {}
     return attributes

@@ -19,11 +19,18 @@ if TYPE_CHECKING:
 __all__ = ["AdapterTensors", "Entry", "MergedNames", "OptionView", "Roles", "find_tensor"]
 
 
-class AdapterTensors(nn.Module):
+class AdapterTensors(nn.ParameterDict):
     """Parameters and buffers by adapter name; reads like a dict.
 
     Any adapter name can be a key, also one that names an attribute of ``nn.Module``.
     """
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    @property
+    def _keys(self) -> dict[str, None]:  # type: ignore[override]  # what the methods that are inherited go by
+        return dict.fromkeys(self)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor | None = self._parameters.get(name)
@@ -52,9 +59,6 @@ class AdapterTensors(nn.Module):
 
     def __len__(self) -> int:
         return len(self._parameters) + len(self._buffers)
-
-    def keys(self) -> list[str]:
-        return list(self)
 
     def values(self) -> list[Tensor]:
         return [self[name] for name in self]

@@ -69,7 +69,7 @@ def inject(
     found = plan.survey if unchanged and plan.survey is not None else Survey(plan.model)
     plan.survey = None  # what it says is soon not so any more
     modules = found.modules
-    state = joined(plan.model, modules) or plan.state or State(policy=plan.policy)
+    state = joined(plan.model, found.states) or plan.state or State(policy=plan.policy)
     undo: list[Undo] = []
     first = not state.records
     parameters = found.parameters

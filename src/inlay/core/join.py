@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from inlay.core.shared import register_shared, shared_names, unregister_shared
-from inlay.core.state import State, find_states
+from inlay.core.state import State
 from inlay.core.targets import first_standing, standing
 from inlay.errors import AdapterNameError, StateError
 
@@ -72,15 +71,12 @@ def offsets(state: State, model: nn.Module) -> tuple[str, str]:
     return "", ""
 
 
-def joined(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> State | None:
+def joined(model: nn.Module, states: list[State]) -> State | None:
     """Return the one state of a model, joining those of its parts; nothing that any part computes changes.
-
-    ``modules`` is what :func:`inlay.core.follow.base_modules` yields, where that is known.
 
     Raises:
         AdapterNameError, StateError: they cannot be joined; nothing was changed.
     """
-    states = find_states(model, modules)
     check_joinable(states)
     if not states:
         return None

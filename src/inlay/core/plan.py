@@ -32,7 +32,7 @@ from inlay.core.replicate import Replication, installed, replication_of
 from inlay.core.retarget import retargeted
 from inlay.core.shared import share_out
 from inlay.core.slot import Slot
-from inlay.core.state import State, check_adapter_name, find_states
+from inlay.core.state import State, check_adapter_name
 from inlay.core.targets import Place, Survey, base_parameters, places
 from inlay.core.unfit import found_kind, unreadable, weightless
 from inlay.errors import InlayWarning, NoTargetError, TargetError, UnsupportedError
@@ -217,7 +217,7 @@ def plan(
     """
     found = Survey(model)
     everything = found.places
-    states = find_states(model, found.modules)
+    states = found.states
     check_joinable(states)
     state = states[0] if states else None
     policy = policy or (state.policy if state is not None else INLAY)

@@ -13,6 +13,7 @@ from inlay.core.follow import Follower, base_modules, follower_of
 from inlay.core.kind import kind_of
 from inlay.core.layer import AdaptedLayer
 from inlay.core.shared import shared_names
+from inlay.core.state import State, find_states
 
 __all__ = [
     "ALL_LINEAR",
@@ -110,6 +111,11 @@ class Survey:
             else:
                 found.append(module)
         return found
+
+    @cached_property
+    def states(self) -> list[State]:
+        """The states of the model's parts, as :func:`inlay.core.state.find_states` returns them."""
+        return find_states(self.model, self.modules)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:

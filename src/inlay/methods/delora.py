@@ -79,5 +79,7 @@ class DeLoRA(Method):
         p.norms.copy_(layer.weight.norm(dim=-2))
 
     def delta(self, site: Site, p: P) -> LowRank:
-        length = p.A.norm(dim=-1).clamp_min(_SHORTEST) * p.B.norm(dim=-2).clamp_min(_SHORTEST)
-        return LowRank(p.B * (p.bound / p.r / length).unsqueeze(-2), p.A * p.norms.unsqueeze(-2))
+        # each by its own length: the product of two short ones is more than float16 can divide by
+        A = p.A / p.A.norm(dim=-1, keepdim=True).clamp_min(_SHORTEST)
+        B = p.B / p.B.norm(dim=-2, keepdim=True).clamp_min(_SHORTEST)
+        return LowRank(B * (p.bound / p.r), A * p.norms.unsqueeze(-2))

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from inlay.compat.layers.viewing import LayerView, Own, listed, require_grad
 from inlay.core import storage
 from inlay.core.call import call_in_force
-from inlay.core.entry import AdapterTensors
 from inlay.core.layer import AdaptedLayer
 from inlay.core.state import State
 from inlay.errors import InlayWarning
@@ -158,7 +157,7 @@ class BaseTunerLayer(metaclass=LayerView):
 
     def _get_available_adapters(self) -> set[str]:
         """Return the names of the adapters that have weights here."""
-        dicts = (nn.ModuleDict, nn.ParameterDict, AdapterTensors)
+        dicts = (nn.ModuleDict, nn.ParameterDict)
         return {name for _, held in self._held() if isinstance(held, dicts) for name in held.keys()}  # noqa: SIM118
 
     def _all_available_adapter_names(self) -> list[str]:
@@ -234,7 +233,7 @@ class BaseTunerLayer(metaclass=LayerView):
             dtype = None
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
             held: Any = getattr(self, attribute, None)
-            if not isinstance(held, (nn.ModuleDict, nn.ParameterDict, AdapterTensors)) or adapter_name not in held:
+            if not isinstance(held, (nn.ModuleDict, nn.ParameterDict)) or adapter_name not in held:
                 continue
             if any(parameter.is_meta for parameter in held.parameters()):
                 continue  # a load is still to fill it

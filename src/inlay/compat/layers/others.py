@@ -41,17 +41,6 @@ class BufferDict(AdapterTensors):
         for name, tensor in dict(buffers).items():
             self[name] = tensor
 
-    def pop(self, name: str) -> Tensor:
-        """Remove a buffer and return it."""
-        tensor = self[name]
-        del self[name]
-        return tensor
-
-    def clear(self) -> None:
-        """Remove all buffers."""
-        for name in list(self):
-            del self[name]
-
 
 def _numbers(layer: Any, option: str) -> dict[str, Any]:
     """Return a number of each adapter of a layer."""

@@ -25,7 +25,6 @@ from inlay.compat.tuners.matching import (
 )
 from inlay.core import storage
 from inlay.core.dtype import adapter_dtype
-from inlay.core.entry import AdapterTensors
 from inlay.core.replicate import replicate
 from inlay.core.state import find_state
 from inlay.errors import ConfigTypeError, InlayWarning, MergeError
@@ -162,7 +161,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     for layer in _layers(model, BaseTunerLayer):
         below = [child for name, child in layer._modules.items() if child is not None and name != "base_layer"]
         for module in (module for child in below for module in child.modules()):
-            if isinstance(module, (nn.ModuleDict, nn.ParameterDict, AdapterTensors)) and adapter_name in module:
+            if isinstance(module, (nn.ModuleDict, nn.ParameterDict)) and adapter_name in module:
                 held: Any = module[adapter_name]
                 for tensor in [*held.parameters(), *held.buffers()] if isinstance(held, nn.Module) else [held]:
                     dtype = adapter_dtype(tensor.dtype, True)
@@ -224,7 +223,7 @@ def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | Non
                 if held is None or name in ("base_layer", "model"):
                     continue
                 start = f"{path}.{name}" if path else name
-                if adapter_name is None or not isinstance(held, (nn.ModuleDict, nn.ParameterDict, AdapterTensors)):
+                if adapter_name is None or not isinstance(held, (nn.ModuleDict, nn.ParameterDict)):
                     found.add(start)
                 elif adapter_name in held:
                     found.add(f"{start}.{adapter_name}")

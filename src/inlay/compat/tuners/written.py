@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from inlay.checkpoint.tree import persistent_tensors
 from inlay.core.call import call_in_force
-from inlay.core.entry import AdapterTensors
 from inlay.core.follow import Follower
 from inlay.core.state import State
 from inlay.errors import MergeError, RoutingError
 
 __all__ = ["DICTS", "Written", "WrittenLayer"]
 
-DICTS = (nn.ModuleDict, nn.ParameterDict, AdapterTensors)
+DICTS = (nn.ModuleDict, nn.ParameterDict)
 
 
 class Written(Follower):
