@@ -73,7 +73,7 @@ def test_copies_and_pickles(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["ia3_input", "dora", "poly"])
-def test_mixed_batches_and_compiled(method: str) -> None:
+def test_mixed_batches(method: str) -> None:
     model = models(False)[0].eval()
     state = inject(plan(model, configs(method)[0]), seed=1)
     inject(plan(model, configs("lora")[0], "two"), seed=1)
@@ -88,8 +88,16 @@ def test_mixed_batches_and_compiled(method: str) -> None:
     for row, name in enumerate(("two", BASE, "default")):
         with opened(state, names=(name,)):
             torch.testing.assert_close(mixed[row], model(x[row : row + 1])[0])
+
+
+def test_compiled_in_one_graph() -> None:
+    """A method that reads the rows of the base and has a forward pass of its own."""
+    model = models(False)[0].eval()
+    inject(plan(model, configs("dora")[0]), seed=1)
+    disturb(model)
+    x, layer = batch(3, 2), model.a
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
 
 
 @pytest.mark.parametrize(
