@@ -162,7 +162,7 @@ def _walk(bare: nn.Module, memory: str) -> Iterator[Node]:
                 continue
             here = memory + name
             if type(child) not in plain:
-                if _below(type(child)) is None:
+                if _below(type(child)) is None:  # type: ignore[arg-type]  # mypy takes a class for unhashable
                     plain.add(type(child))
                 child, between = unwrapped(child)
                 here = f"{here}.{between[:-1]}" if between else here

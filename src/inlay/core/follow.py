@@ -217,9 +217,11 @@ def base_modules(root: nn.Module) -> list[nn.Module]:
             continue
         found[id(module)] = module
         below = module._modules
+        if not below:
+            continue
         if isinstance(module, Follower):
             todo.append(below.get(module.base_attribute))
-        elif below:
+        else:
             todo.extend(reversed(below.values()))
     return list(found.values())
 

@@ -269,4 +269,3 @@ def _copy(tensor: Tensor) -> Tensor:
     if known_finite(tensor):
         note_finite(copy)
     return copy
-

@@ -31,6 +31,7 @@ from inlay.core.registry import method_class
 from inlay.core.replicate import Replication, installed, replication_of
 from inlay.core.retarget import retargeted
 from inlay.core.shared import share_out
+from inlay.core.sliced import own_site
 from inlay.core.slot import Slot
 from inlay.core.state import State, check_adapter_name
 from inlay.core.targets import Place, Survey, base_parameters, places
@@ -242,12 +243,13 @@ def _resolve(made: Plan, everything: list[Place]) -> None:
     """Find every place that the plan's config means."""
     plan_copies(made, everything)
     chosen = list(without_companions(choose(made, everything)))
+    methods = [method_at(made.model, place, pattern, made.method) for place, pattern in chosen]
     if type(made.method).survey is not Method.survey:
-        known = ((kind_of(place.base), place) for place, _ in chosen)
-        made.method.survey([kind.site(place.path, place.base) for kind, place in known if kind is not None])
-    for place, pattern in chosen:
+        known = [(kind_of(place.base), place, method) for (place, _), method in zip(chosen, methods, strict=True)]
+        sites = [(method, kind.site(place.path, place.base)) for kind, place, method in known if kind is not None]
+        made.method.survey([own_site(method, site) for method, site in sites])
+    for (place, pattern), method in zip(chosen, methods, strict=True):
         made.matched.setdefault(pattern, []).append(place.path)
-        method = method_at(made.model, place, pattern, made.method)
         made.placements.append(place_method(made, place, pattern, method))
     extend_plan(made, everything)
     tie_copies(made, everything)

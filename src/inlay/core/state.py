@@ -159,7 +159,8 @@ class State:
         self.roster += 1
         self._layers.pop(id(layer), None)  # of one that is gone, whose address this one has
         self._layers[id(layer)] = weakref.ref(layer)
-        self.set_apart(layer)
+        if self._apart or layer.is_apart:
+            self.set_apart(layer)
 
     def leave(self, layer: Follower) -> None:
         """Forget an adapted layer that was taken out of the model."""
@@ -230,19 +231,19 @@ def find_states(model: nn.Module, modules: Iterable[nn.Module] | None = None) ->
 
     found: dict[int, State] = {}
     for module in base_modules(model) if modules is None else modules:
-        state = module.__dict__.get("_state")
-        if isinstance(state, State):
-            found.setdefault(id(state), state)
+        own = module.__dict__
+        if "_state" in own and isinstance(own["_state"], State):
+            found.setdefault(id(own["_state"]), own["_state"])
     return list(found.values())
 
 
-def find_state(model: nn.Module) -> State | None:
-    """Return the state of a model that has adapters, or None.
+def find_state(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> State | None:
+    """Return the state of a model that has adapters, or None; ``modules`` as :func:`find_states` takes them.
 
     Raises:
         StateError: its parts were given adapters separately, and so far nothing into the whole.
     """
-    states = find_states(model)
+    states = find_states(model, modules)
     if len(states) < 2:
         return states[0] if states else None
     parts = "; ".join(", ".join(map(repr, state.records)) for state in states)

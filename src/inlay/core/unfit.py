@@ -73,7 +73,6 @@ def unreadable(made: Plan, place: Place) -> str | None:
         if isinstance(parent, nn.MultiheadAttention) and made.policy.strict_targets:
             owner = place.path.rpartition(".")[0]
             return f"nn.MultiheadAttention reads this layer's weight and never calls it; target {owner!r} instead"
-    family = model_type(made.model) if may_be_fused(place.path) else None
-    if fused_reader(family, place.path):
+    if may_be_fused(place.path) and fused_reader(family := model_type(made.model), place.path):
         return f"the fused kernels of {family} models read this layer's weight and never call it; leave it out"
     return None

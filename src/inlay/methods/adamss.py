@@ -82,6 +82,16 @@ class Groups:
     ranks: tuple[int, ...]
 
 
+def side_by_side(blocks: list[Tensor]) -> Tensor:
+    """Return a block-diagonal matrix; ``torch.block_diag`` knows no tensors that are spread over processes."""
+    widths = [block.shape[1] for block in blocks]
+    rows = []
+    for i, block in enumerate(blocks):
+        before, after = (block.new_zeros(block.shape[0], sum(part)) for part in (widths[:i], widths[i + 1 :]))
+        rows.append(torch.cat([before, block, after], 1))
+    return torch.cat(rows)
+
+
 @register_method
 class AdaMSS(Method):
     """``[W b] + B_k A_k P`` on the rows of group k: P holds main directions of [W b], and B starts at zero.
@@ -158,7 +168,7 @@ class AdaMSS(Method):
 
     def delta(self, site: Site, p: P) -> LowRank:
         count = len(self.groups_at(site).sizes)
-        B = torch.block_diag(*(getattr(p, f"B{i}") for i in range(count)))
+        B = side_by_side([getattr(p, f"B{i}") for i in range(count)])
         B = torch.zeros_like(B).index_copy(0, p.rows, B)
         A = torch.cat([getattr(p, f"A{i}") for i in range(count)]) @ p.P
         if site.bias:

@@ -84,5 +84,5 @@ class BDLoRA(LoRA):
 def _diagonal(stacked: Tensor, n: int, groups: int) -> Tensor:
     """Put blocks that lie below one another, (..., groups * n * rows, columns), beside one another in each group."""
     blocks = stacked.unflatten(-2, (groups, n, -1)).unsqueeze(-2)
-    eye = torch.eye(n, dtype=stacked.dtype, device=stacked.device).view(n, 1, n, 1)
+    eye = torch.diag_embed(stacked.new_ones(n)).view(n, 1, n, 1)  # spread over processes where the factor is
     return (blocks * eye).flatten(-2).flatten(-4, -2)

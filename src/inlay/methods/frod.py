@@ -138,13 +138,11 @@ class FRoD(Method):
 
     def middle(self, site: Site, p: P) -> Tensor:
         """Return ``S + diag(l - l0)``, (*experts, k, k)."""
-        size = site.fan_in
-        rows, columns = p.places
-        diagonal = torch.arange(size, device=rows.device)
-        index, values = diagonal * (size + 1), p.l - p.l0
-        if size > 1:
-            index, values = torch.cat([index, rows * size + columns]), torch.cat([values, p.s], dim=-1)
-        return values.new_zeros(*site.experts, size * size).index_copy(-1, index, values).unflatten(-1, (size, size))
+        size, diagonal = site.fan_in, torch.diag_embed(p.l - p.l0)
+        if size == 1:
+            return diagonal
+        flat = p.s.new_zeros(*site.experts, size * size).index_copy(-1, p.places[0] * size + p.places[1], p.s)
+        return diagonal + flat.unflatten(-1, (size, size))
 
     def delta(self, site: Site, p: P) -> LowRank:
         return LowRank(p.U, self.middle(site, p) @ p.V.mT)

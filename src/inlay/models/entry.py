@@ -75,8 +75,9 @@ def wrap(
     """Do what :func:`get_peft_model` does, under a policy."""
     operate.refuse_prompts(config)
     cls: type[PeftModel] = PeftMixedModel if mixed else wrapper_class(config.task_type)
-    wrapper = cls.around(model, policy, cls.tuner or tuner_class(config.peft_type))
-    wrapper._first(config, name, autocast, low_memory)
+    wrapper = cls.__new__(cls)
+    tuner = cls.tuner or tuner_class(config.peft_type)
+    wrapper._begin(model, policy, tuner, config, name, autocast=autocast, low_memory=low_memory)
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or model.__dict__.get("name_or_path") or None
     if revision is not None:
         config.revision = revision

@@ -30,8 +30,7 @@ class PeftMixedModel(PeftModel):
     tuner: ClassVar[type[AdapterModel] | None] = MixedModel
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = "default") -> None:
-        self._hold(model, default_policy(), MixedModel)
-        self._first(peft_config, adapter_name, True, False)
+        self._begin(model, default_policy(), MixedModel, peft_config, adapter_name)
 
     def check_method(self, config: Any) -> None:
         """Every method is welcome."""

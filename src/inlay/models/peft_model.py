@@ -51,8 +51,9 @@ class PeftModel(PushToHub, Wrapper):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        self._hold(model, default_policy(), tuner_class(peft_config.peft_type))
-        self._first(peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        tuner = tuner_class(peft_config.peft_type)
+        options = {"autocast": autocast_adapter_dtype, "low_memory": low_cpu_mem_usage}
+        self._begin(model, default_policy(), tuner, peft_config, adapter_name, **options)
 
     # -- what there is --------------------------------------------------------------------------------------
 

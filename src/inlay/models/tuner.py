@@ -61,17 +61,17 @@ class AdapterModel(LossTerms, nn.Module):
         self.add(config, adapter_name, low_memory=low_cpu_mem_usage, state_dict=state_dict)
 
     @classmethod
-    def around(cls, model: nn.Module, policy: Policy) -> AdapterModel:
-        """Return a tuner around ``model`` as it is."""
+    def around(cls, model: nn.Module, policy: Policy, modules: list[nn.Module] | None = None) -> AdapterModel:
+        """Return a tuner around ``model`` as it is; ``modules`` are its base modules, where they are known."""
         self = cls.__new__(cls)
-        self._hold(model, policy)
+        self._hold(model, policy, modules)
         return self
 
-    def _hold(self, model: nn.Module, policy: Policy) -> None:
+    def _hold(self, model: nn.Module, policy: Policy, modules: list[nn.Module] | None = None) -> None:
         nn.Module.__init__(self)
         self.model = model
         self.training = model.training
-        found = find_state(model)
+        found = find_state(model, modules)
         self.__dict__["_state"] = found or State(policy=policy)
         self.state.hold_shared(self)
         if found is not None:

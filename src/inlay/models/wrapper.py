@@ -11,12 +11,13 @@ from torch import nn
 
 from inlay.config.types import method_name
 from inlay.core.call import call_of, opened
+from inlay.core.follow import base_modules
 from inlay.core.policy import Policy
 from inlay.core.state import State
 from inlay.errors import StateError, UnsupportedError
 from inlay.models import operate
 from inlay.models.again import replaced, unwrapped
-from inlay.models.backprop import is_checkpointing, let_gradients_in
+from inlay.models.backprop import is_checkpointing, let_gradients_in, switch_checkpointing_on
 from inlay.models.calls import batch_size, routed, rows_per_prompt
 from inlay.models.tuner import AdapterModel
 
@@ -41,18 +42,23 @@ class Wrapper(nn.Module):
         self._hold(model, policy, tuner)
         return self
 
-    def _hold(self, model: nn.Module, policy: Policy, tuner: type[AdapterModel]) -> None:
+    def _hold(self, model: nn.Module, policy: Policy, tuner: type[AdapterModel]) -> list[nn.Module]:
         model = unwrapped(model, isinstance(model, (Wrapper, AdapterModel)), policy)
+        modules = base_modules(model)
         nn.Module.__init__(self)
-        self.base_model = tuner.around(model, policy)
+        self.base_model = tuner.around(model, policy, modules)
         self.training = model.training
+        return modules
 
-    def _first(self, config: Any, name: str, autocast: bool, low_memory: bool) -> None:
-        """Add the adapter that the wrapper was made for."""
+    def _begin(
+        self, model: nn.Module, policy: Policy, tuner: type[AdapterModel], config: Any, name: str, **options: Any
+    ) -> None:
+        """Take in a model and add the adapter that the wrapper is made for."""
+        modules = self._hold(model, policy, tuner)
         model = self.get_base_model()
-        checkpointing = is_checkpointing(model)  # asked of every module, so before there are more of them
+        checkpointing = is_checkpointing(model, modules)  # before there are more of them
         with replaced(model, name, self.state.policy):
-            self.base_model.add(config, name, autocast=autocast, low_memory=low_memory)
+            self.base_model.add(config, name, **options)
         if checkpointing:
             self.prepare_model_for_gradient_checkpointing(model)
 
@@ -282,17 +288,9 @@ class Wrapper(nn.Module):
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Switch gradient checkpointing on in the bare model, reentrant or not (its name since transformers 5)."""
-        model: Any = self.get_base_model()
-        model.activation_checkpointing_enable(*args, **kwargs)
-        self.prepare_model_for_gradient_checkpointing(model)
+        switch_checkpointing_on(self.get_base_model(), args, kwargs)
+        self.prepare_model_for_gradient_checkpointing(self.get_base_model())
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Switch gradient checkpointing on in the bare model, reentrant or not."""
-        model: Any = self.get_base_model()
-        if hasattr(model, "activation_checkpointing_enable"):
-            if "gradient_checkpointing_kwargs" in kwargs:
-                kwargs["activation_checkpointing_kwargs"] = kwargs.pop("gradient_checkpointing_kwargs")
-            self.activation_checkpointing_enable(*args, **kwargs)
-            return
-        model.gradient_checkpointing_enable(*args, **kwargs)
-        self.prepare_model_for_gradient_checkpointing(model)
+        self.activation_checkpointing_enable(*args, **kwargs)
