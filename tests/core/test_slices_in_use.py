@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sliced_models import PARTS, SLICES, Pair, adapters, configs, disturb, models
-from torch import Tensor
+from torch import Tensor, nn
 
 import inlay
 from inlay.core.call import opened
@@ -180,3 +180,16 @@ def test_sliced_adapters_of_one_model_add_up() -> None:
     layer = model.a.first
     folded = layer.fold(layer.chain(None))
     torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, folded.weight, folded.bias))
+
+
+def test_shares_by_size_are_those_of_the_slices() -> None:
+    def entries(model: nn.Module, targets: list[str]) -> list[int]:
+        config = inlay.WaveFTConfig(n_frequency=8, proportional_parameters=True, target_modules=targets)
+        inlay.inject(inlay.plan(model, config))
+        return [tensor.numel() for name, tensor in model.named_parameters() if "waveft" in name]
+
+    fused = nn.ModuleDict({"a": nn.Linear(12, 20), "b": nn.Linear(12, 20)})
+    apart = nn.ModuleDict({"a": nn.Linear(12, 8), "b": nn.Linear(12, 12)})
+    found = entries(fused, ["a[0:8]", "b[0:12]"])
+    assert found == entries(apart, ["a", "b"])
+    assert found[0] != found[1]
