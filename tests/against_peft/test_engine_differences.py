@@ -255,6 +255,14 @@ def test_gradients_switched_on_by_hand_outlast_a_switch_of_other_adapters() -> N
     assert left == {"peft": {"c"}, "inlay": {"b", "c"}}
 
 
+def test_what_stands_for_no_dropout_is_made_when_it_is_asked_for() -> None:
+    for library in LIBRARIES.values():
+        layer = wrapped(library).base_model.model.blocks[0]
+        assert ("lora_dropout.default" in dict(layer.named_modules())) == (library is peft)
+        assert isinstance(layer.lora_dropout["default"], nn.Identity)
+        assert "lora_dropout.default" in dict(layer.named_modules())
+
+
 def test_what_holds_an_adapter_is_a_subclass_of_torchs() -> None:
     classes = {"lora_A": nn.ModuleDict, "lora_dropout": nn.ModuleDict, "lora_A.default": nn.Linear}
     classes |= {"lora_B.default": nn.Linear, "lora_dropout.default": nn.Identity}

@@ -67,6 +67,9 @@ ROWS: dict[str, dict[str, str | None]] = {
         "`adapter_layer_names`": "test_layer_surface::test_names_of_what_is_here",
         "`lora_variant`": "test_layer_surface::test_every_attribute",
         '`type(layer.lora_A["default"])': "test_engine_differences::test_what_holds_an_adapter_is_a_subclass_of_torchs",
+        "the modules that stand for a dropout": (
+            "test_engine_differences::test_what_stands_for_no_dropout_is_made_when_it_is_asked_for"
+        ),
         "token rows beside another": "test_user_subclasses::test_a_layer_of_two_methods_is_an_instance_of_both",
     },
     "Adapters per sample": {
