@@ -39,7 +39,7 @@ def test_scaling_on_the_layer_reaches_both_sides(cell: Cell) -> None:
 
 
 def test_adapters_change_the_output(cell: Cell) -> None:
-    """Not a law, but what makes the laws mean something: random adapters move outputs, most of them by a tenth or more."""
+    """Not a law, but what makes the laws mean something: random adapters move outputs, most by a tenth or more."""
     subject = Subject(cell)
     base = subject.base_output().double()
     moved = (subject.model(subject.x).detach().double() - base).abs().max() / base.abs().max()
