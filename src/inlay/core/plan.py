@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -217,12 +218,11 @@ def plan(
         AdapterNameError: the name is unsafe or taken.
     """
     found = Survey(model)
-    everything = found.places
     states = found.states
     check_joinable(states)
     state = states[0] if states else None
     policy = policy or (state.policy if state is not None else INLAY)
-    check_adapter_name(adapter_name, {name: record for one in states for name, record in one.records.items()})
+    check_adapter_name(adapter_name, ChainMap(*(one.records for one in states)))
     method = method_class(config.peft_type).variant(config)(copy.deepcopy(config))
     method.prefix_patterns = policy.prefix_patterns
     made = Plan(model, adapter_name, config, method, policy, state, autocast_adapter_dtype, survey=found)
@@ -230,12 +230,12 @@ def plan(
     for field_name, value in method.implied(model, model_type(model)).items():
         made.resolved[field_name] = value
         setattr(method.config, field_name, copy.deepcopy(value))
-    for field_name, value in retargeted(model, method.config, held, policy.prefix_patterns, everything).items():
+    for field_name, value in retargeted(model, method.config, held, policy.prefix_patterns, found.places).items():
         made.resolved[field_name] = value
         setattr(method.config, field_name, copy.deepcopy(value))
     made.replication = replication_of(model, method.config, state)
     with installed(made.replication, model):
-        _resolve(made, everything if made.replication is None else places(model))
+        _resolve(made, found.places if made.replication is None else places(model))
     return made
 
 

@@ -202,7 +202,7 @@ class State:
         return self.records[name]
 
 
-def check_adapter_name(name: object, taken: dict[str, Record] | None = None) -> str:
+def check_adapter_name(name: object, taken: Container[str] | None = None) -> str:
     """Return ``name`` if it can name an adapter.
 
     Raises:

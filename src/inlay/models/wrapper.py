@@ -183,9 +183,9 @@ class Wrapper(nn.Module):
 
     def check_method(self, config: Any) -> None:
         """Refuse a second method where the policy wants one only."""
-        others = {record.config.peft_type for record in self.state.records.values()} - {config.peft_type}
-        if others and not self.state.policy.any_methods:
-            found, new = ", ".join(sorted(map(method_name, others))), method_name(config.peft_type)
+        first = next(iter(self.state.records.values()), None)  # the others are of its method, for they were asked too
+        if first is not None and first.config.peft_type != config.peft_type and not self.state.policy.any_methods:
+            found, new = method_name(first.config.peft_type), method_name(config.peft_type)
             way = "get_peft_model(..., mixed=True) makes a model that can"
             raise UnsupportedError(f"this model has {found} adapters, so it cannot take one of {new}; {way}")
 
