@@ -3,7 +3,7 @@
     python -m benchmarks all --against peft           every row; about a quarter of an hour
     python -m benchmarks all --against peft --quick   smaller models and fewer rounds; under three minutes
     python -m benchmarks injecting merging            some scripts; `python -m benchmarks.injecting` is the same for one
-    python -m benchmarks learning [--save]            whether each method learns; ten minutes, apart from the others
+    python -m benchmarks learning [--save]            whether each method learns; six minutes, apart from the others
     python -m benchmarks report                       docs/performance.md with its plot, docs/learning.md
 
 A figure is the median of several ratios of process CPU time, measured in alternation in one process with one thread.
