@@ -178,7 +178,7 @@ def document(result: dict[str, Any]) -> str:
 
 def main(given: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks learning")
-    parser.add_argument("--quick", action="store_true", help="fewer steps and texts; seconds")
+    parser.add_argument("--quick", action="store_true", help="fewer steps and texts; half a minute")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/learning.json and the page")
     parser.add_argument("--row", default="", metavar="TEXT", help="only methods whose name contains this; several by ;")
     parser.add_argument("--no-text", action="store_true", help="only teacher and student")
