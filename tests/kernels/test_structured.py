@@ -15,7 +15,7 @@ import inlay.kinds  # noqa: F401  enters the kinds
 from inlay.core.affine import Affine, Delta
 from inlay.core.compressed import Compressed
 from inlay.core.kind import kind_of
-from inlay.core.part import RowsOf
+from inlay.core.output_rows import RowsOf
 from inlay.core.structured import BlockLowRank, Circulant, Kron, Repeated, Sandwich, Sparse, Structured
 from inlay.core.wavelets import Synthesiser, filters
 from inlay.kernels.table import FAST, apply_delta
