@@ -18,7 +18,7 @@ from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
 from inlay.core.mount import ModuleCopies
-from inlay.core.part import own_method
+from inlay.core.sliced import own_method
 from inlay.core.slot import Slot
 
 __all__ = ["adapter_slots", "base_target", "foreign_biases", "key_index", "slot_holder"]

@@ -14,7 +14,7 @@ from inlay.checkpoint.keys import slot_holder
 from inlay.core.entry import Entry, find_tensor
 from inlay.core.layer import AdaptedLayer
 from inlay.core.method import Method
-from inlay.core.part import Sliced
+from inlay.core.sliced import Sliced
 from inlay.core.slot import Slot
 from inlay.core.state import State
 from inlay.core.tied import Tied

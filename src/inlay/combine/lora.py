@@ -15,8 +15,8 @@ from inlay.combine.svd import Factors, resized
 from inlay.config.variants import NO_VARIANT
 from inlay.core.entry import Entry
 from inlay.core.layer import AdaptedLayer
-from inlay.core.part import Sliced
 from inlay.core.plan import Plan
+from inlay.core.sliced import Sliced
 from inlay.core.state import State
 from inlay.errors import CombinationError
 

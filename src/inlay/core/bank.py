@@ -14,7 +14,7 @@ from inlay.core.bare import Names, bare
 from inlay.core.entry import Entry, find_tensor
 from inlay.core.hanging import container, hang
 from inlay.core.method import Method
-from inlay.core.part import own_method
+from inlay.core.sliced import own_method
 from inlay.core.slot import Slot
 
 if TYPE_CHECKING:
