@@ -15,7 +15,10 @@ from benchmarks.models import give_values, llama
 FLOOR = "safetensors.torch.load_file of the adapter's file"
 WIDE = {"hidden": 64, "inner": 128}
 
-INJECTING = "half of a load is injection, and reading the file is two fifths of all"
+INJECTING = (
+    "half of a load is injection, and reading the file is two fifths of all; rounds on this shared machine were "
+    "between 31 and 59 times faster than peft"
+)
 
 
 def adapter_file(layers: int, hidden: int, inner: int) -> Path:
@@ -109,6 +112,13 @@ def twentieth_load(run: Run, layers: int, hidden: int, inner: int) -> Figures:
         _folders.clear_all()
 
 
+@row(
+    "load_adapter, 1,000 loaded over 1 loaded",
+    what="load_adapter with 1,000 adapters loaded, over the same with one; LoRA r16 on a Llama of 2 layers",
+    targets=(at_most(1.5, of="inlay, many / inlay, one"),),
+    full={"layers": 2, "many": 1000, **WIDE},
+    quick={"many": 50},
+)
 def flat_load(run: Run, layers: int, many: int, hidden: int, inner: int) -> Figures:
     import inlay
 
@@ -129,21 +139,6 @@ def flat_load(run: Run, layers: int, many: int, hidden: int, inner: int) -> Figu
         return run.alternate(actions).figures("inlay, many / inlay, one")
     finally:
         _folders.clear_all()
-
-
-def flat(many: int, gate: float | None, goal: float | None, quick: int) -> Any:
-    return row(
-        f"load_adapter, {many:,} loaded over 1 loaded",
-        what=f"load_adapter with {many:,} adapters loaded, over the same with one; LoRA r16 on a Llama of 2 layers",
-        targets=(at_most(gate, goal, of="inlay, many / inlay, one"),),
-        full={"layers": 2, "many": many, **WIDE},
-        quick={"many": quick},
-        slow=many > 1000,
-    )(flat_load)
-
-
-flat_1000 = flat(1000, 1.5, None, 50)
-flat_10000 = flat(10_000, None, 1.5, 100)
 
 
 @row(

@@ -35,8 +35,8 @@ TWO_ADAPTERS = (
     "two to three microseconds a layer; the time does not depend on the number of adapters."
 )
 FREEING = (
-    "What is left is freeing: three modules and two tensors a layer are taken out of their containers, and nine tenths "
-    "of the time is spent where they go."
+    "Half of what is left is freeing two modules and two tensors a layer, the other half taking them out of their "
+    "containers; on this shared machine the same code was measured between 30 and 49 times faster than peft."
 )
 AMONG_MANY = "containers of many adapters are larger than a cache holds, and so is what is freed"
 

@@ -10,14 +10,14 @@ from inlay.core.kind import kind_of
 from inlay.core.method import Method
 from inlay.core.output_rows import Rows
 from inlay.core.patterns import matcher
-from inlay.core.sliced import Sliced, own_method, sliced
+from inlay.core.sliced import Sliced, sliced
 from inlay.errors import TargetError, UnsupportedError
 from inlay.parallel.tensors import is_distributed
 
 if TYPE_CHECKING:
     from inlay.core.targets import Place
 
-__all__ = ["Sliced", "method_at", "own_method", "part_matcher"]
+__all__ = ["method_at", "part_matcher"]
 
 
 def method_at(model: Any, place: Place, pattern: str, method: Method) -> Method:
