@@ -56,7 +56,7 @@ def first(library: Any, low: bool = False) -> Callable[[Any], object]:
     what="get_peft_model with LoRA r16 on every linear layer of a Llama of 80 layers (hidden 64)",
     floor=FLOOR,
     targets=(at_least(15, reason=FLAT), at_most(1.0, 0.7, reason=FLAT)),
-    full={"layers": 80, "rounds": 9},
+    full={"layers": 80, "rounds": 21},
     quick={"layers": 20, "rounds": 3},
 )
 def eighty_layers(run: Run, layers: int, rounds: int) -> Figures:

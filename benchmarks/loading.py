@@ -107,7 +107,7 @@ def twentieth_load(run: Run, layers: int, hidden: int, inner: int) -> Figures:
 
         actions[name] = (room, lambda model: model.load_adapter(folder, "a20"))
     try:
-        return run.alternate(actions, rounds=3 if run.quick else 5).figures("peft / inlay", "inlay / floor")
+        return run.alternate(actions, rounds=3 if run.quick else 9).figures("peft / inlay", "inlay / floor")
     finally:
         _folders.clear_all()
 

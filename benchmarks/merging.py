@@ -79,7 +79,7 @@ def described(keep: str) -> str:
 
 
 FLOOR = "addmm_ of the factors, in the weight's dtype"
-SIZES: dict[str, Any] = {"full": {"size": 4096, "rounds": 9}, "quick": {"size": 2048, "rounds": 3}}
+SIZES: dict[str, Any] = {"full": {"size": 4096, "rounds": 31}, "quick": {"size": 2048, "rounds": 3}}
 OUT = "merge_and_unload, which keeps nothing"
 KEPT = "merge_adapter, which keeps a copy of the weight"
 
