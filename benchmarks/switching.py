@@ -72,7 +72,7 @@ def twenty(run: Run, layers: int, adapters: int, rounds: int) -> Figures:
         at_most(None, 1.2, of="set_adapter, many / 2"),
         at_most(None, 1.2, of="delete_adapter, many / 2", reason=AMONG_MANY),
     ),
-    full={"adapters": 10_000, "rounds": 30},
+    full={"adapters": 2000, "rounds": 30},
     quick={"adapters": 200, "rounds": 30},
 )
 def many(run: Run, adapters: int, rounds: int) -> Figures:
