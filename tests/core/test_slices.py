@@ -227,26 +227,6 @@ def test_gate_and_up_are_halves() -> None:
     torch.testing.assert_close(mlp(x), mlp.down_proj(up * mlp.activation_fn(gate)))
 
 
-@pytest.mark.parametrize("method", ["lora", "loha"])
-@pytest.mark.parametrize("other", ["qkv_proj[4:8,10:14]", "qkv_proj[6:12]", "qkv_proj"])
-def test_weighted_sums_with_other_slices_and_whole_layers(method: str, other: str) -> None:
-    model = inlay.get_peft_model(Block().double(), CONFIGS[method])
-    second = copy.deepcopy(CONFIGS[method])
-    second.target_modules = {other}
-    model.add_adapter("two", second)
-    _random(model)
-    _random(model, "two")
-    x = torch.randn(2, 8, dtype=torch.float64)
-    base = model.get_base_model().qkv_proj.base_layer(x)
-    updates = []
-    for name in ("default", "two"):
-        model.set_adapter(name)
-        updates.append(model(x) - base)
-    model.add_weighted_adapter(["default", "two"], [0.5, -2.0], "sum", combination_type="cat")
-    model.set_adapter("sum")
-    torch.testing.assert_close(model(x), base + 0.5 * updates[0] - 2.0 * updates[1])
-
-
 def test_low_rank_slices_run_fused() -> None:
     model, _ = _adapted(CONFIGS["lora"])
     (one,) = inlay.explain(model)

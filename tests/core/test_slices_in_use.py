@@ -125,7 +125,7 @@ def randomise(model: Any) -> None:
                 p.normal_(generator=torch.Generator().manual_seed(sum(map(ord, name)) % 1000), std=0.5)
 
 
-@pytest.mark.parametrize("method", ["lora", "lora_bias", "fourierft", "beft", "vera"])
+@pytest.mark.parametrize("method", ["lora", "lora_bias", "loha", "fourierft", "beft", "vera"])
 @pytest.mark.parametrize(
     "other", [PARTS, {"first[0:8]", "last[:3,15:20]"}, {"first", "last"}], ids=["same", "other", "whole"]
 )

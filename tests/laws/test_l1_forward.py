@@ -43,4 +43,4 @@ def test_adapters_change_the_output(cell: Cell) -> None:
     subject = Subject(cell)
     base = subject.base_output().double()
     moved = (subject.model(subject.x).detach().double() - base).abs().max() / base.abs().max()
-    assert 0.02 < float(moved) < 100  # the least is 0.0296, C3A on a bank of transposed experts
+    assert 0.02 < float(moved) < 100  # a sanity check; C3A on a bank of transposed experts was seen at 0.0298

@@ -59,10 +59,12 @@ class AdaptedLayer(ChainHolder):
         if entries is None or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
         if not name.startswith("_"):
-            if any(name in entry.options for held in entries.values() for entry in held):
-                return OptionView(self, name)
-            if any(name == entry.method.dropout_field for held in entries.values() for entry in held):
-                return hung_dropouts(self, name)
+            for held in entries.values():
+                for entry in held:
+                    if name in entry.options:
+                        return OptionView(self, name)
+                    if name == entry.method.dropout_field:
+                        return hung_dropouts(self, name)
             base = self.__dict__["_modules"].get("base_layer")
             found = NotImplemented if base is None else getattr(base, name, NotImplemented)
             if found is not NotImplemented:
