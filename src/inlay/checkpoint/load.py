@@ -90,7 +90,9 @@ def load_all(
                     source: str = source,
                     version: str | None = config.peft_version,
                 ) -> None:
-                    load_tensors(bare, tensors, name, source=source, version=version, release=release_of(tensors))
+                    load_tensors(
+                        bare, tensors, name, source=source, version=version, release=release_of(tensors), fresh=state
+                    )
 
                 # Under a lenient policy a file may lack tensors, which then keep their initial values.
                 strict = made.policy.strict_load

@@ -83,7 +83,7 @@ def mapped_tensors(path: str | os.PathLike[str]) -> MappedTensors | None:
             return None
         if count:
             flat = torch.frombuffer(pages, dtype=dtype, count=count, offset=start + offset)
-            found[name] = flat if len(shape) == 1 else flat.view(shape)
+            found[name] = flat.resize_(*shape) if shape else flat.view(())  # a view takes twice as long
         else:
             found[name] = torch.empty(shape, dtype=dtype)
     return found

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from inlay.checkpoint.direct import exact_pairs
 from inlay.checkpoint.embeddings import embedding_targets, embeddings_to_save
 from inlay.checkpoint.keys import foreign_biases, key_index
 from inlay.checkpoint.migrations import migrated
@@ -17,9 +18,10 @@ from inlay.checkpoint.resolve import Resolution, listed, resolve
 from inlay.checkpoint.target import KeyIndex, Target
 from inlay.checkpoint.translation import collected, renamed
 from inlay.checkpoint.tree import TRANSPARENT, Tree
-from inlay.checkpoint.write import write
+from inlay.checkpoint.write import copy_all, write
 from inlay.core.initial import derive_loaded
 from inlay.core.method import Method
+from inlay.core.state import State
 from inlay.errors import CheckpointError, CheckpointMismatchError, InlayWarning, StateError, did_you_mean
 
 __all__ = ["get_peft_model_state_dict", "load_tensors", "saved_tensors", "set_peft_model_state_dict"]
@@ -155,6 +157,7 @@ def load_tensors(
     source: str | None = None,
     version: str | None = None,
     release: Callable[[], object] | None = None,
+    fresh: State | None = None,
 ) -> Any:
     """What :func:`set_peft_model_state_dict` does, with a strictness of its own.
 
@@ -164,7 +167,12 @@ def load_tensors(
         version: the release of PEFT that the file says it is of; without it, square banks of matrices are taken as
             they are.
         release: called now and then while values are written, to let go of memory that ``tensors`` were read into.
+        fresh: the state that the adapter came into just now, so that its sites say where its layers stand.
     """
+    pairs = None if fresh is None else exact_pairs(fresh, adapter, tensors)
+    if pairs is not None:
+        copy_all(pairs, release)
+        return _IncompatibleKeys([], [])
     tree = Tree(model)
     index = key_index(tree, adapter)
     for layer in tree.state.layers():

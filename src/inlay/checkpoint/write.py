@@ -11,7 +11,10 @@ from inlay.checkpoint.target import Target
 from inlay.checkpoint.tree import Tree
 from inlay.parallel.tensors import gather, is_distributed, local_share, rewrap, scatter
 
-__all__ = ["staged", "write", "write_staged"]
+__all__ = ["Pairs", "copies_alone", "copy_all", "staged", "write", "write_staged"]
+
+# Tensors of the model with their values, where copying is all there is to do.
+Pairs = list[tuple[Tensor, Tensor]]
 
 # Bytes that are copied between two releases of what they were read into.
 STRETCH = 2**22
@@ -26,11 +29,11 @@ def write(tree: Tree, values: Mapping[Target, Tensor], release: Callable[[], obj
         release: called now and then, to let go of memory that the values were read into; they must stay readable.
     """
     ready: list[tuple[Target, Tensor]] = []
-    direct: list[tuple[Tensor, Tensor]] = []
+    direct: Pairs = []
     passed = 0
     for target, value in values.items():
         held = target.tensor
-        if _is_direct(target, held, value):
+        if target.part != "embedding" and held.shape == value.shape and copies_alone(held, value):
             direct.append((held, value))
             continue
         ready.append((target, staged(target, value)))
@@ -40,27 +43,25 @@ def write(tree: Tree, values: Mapping[Target, Tensor], release: Callable[[], obj
             passed = 0
     for target, value in ready:
         write_staged(tree, target, value)
-    for stretch in _stretches(direct):
+    copy_all(direct, release)
+
+
+def copy_all(pairs: Pairs, release: Callable[[], object] | None = None) -> None:
+    """Copy values into tensors of their shapes; see :func:`write`."""
+    for stretch in _stretches(pairs):
         with torch.no_grad():
             torch._foreach_copy_([held for held, _ in stretch], [value for _, value in stretch])
         if release is not None:
             release()
 
 
-def _is_direct(target: Target, held: Tensor, value: Tensor) -> bool:
-    """Whether a copy into the tensor is all there is to do, and cannot fail."""
-    return (
-        target.part != "embedding"
-        and type(held) in _PLAIN
-        and type(value) in _PLAIN
-        and not held.is_meta
-        and not value.is_meta
-        and held.shape == value.shape
-    )
+def copies_alone(held: Tensor, value: Tensor) -> bool:
+    """Whether a copy into a tensor of the same shape is all there is to do, and cannot fail."""
+    return type(held) in _PLAIN and type(value) in _PLAIN and not held.is_meta and not value.is_meta
 
 
-def _stretches(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
-    stretches: list[list[tuple[Tensor, Tensor]]] = []
+def _stretches(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Pairs]:
+    stretches: list[Pairs] = []
     room = 0
     for held, value in pairs:
         if room <= 0:

@@ -73,7 +73,7 @@ def hang_all(
         name = containers[0]
         holder = below.get(name)  # the usual case, with few calls: a model has thousands of places
         if holder is None:
-            holder = below[name] = bare(Names)
+            holder = below[name] = _in_mode_of(layer, Names)
         held = holder._modules
         module = held.get(adapter)
         if module is None:
@@ -103,7 +103,12 @@ def hung_dropouts(layer: EntryHolder, field: str) -> nn.Module:
 
 
 def _no_dropout(layer: nn.Module) -> nn.Module:
-    made = bare(NoDropout)
+    return _in_mode_of(layer, NoDropout)
+
+
+def _in_mode_of(layer: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """Return a new module of a class, in training or eval mode as a layer is."""
+    made = bare(cls)
     made.__dict__["training"] = layer.training
     return made
 
@@ -146,7 +151,7 @@ def container(layer: nn.Module, path: tuple[str, ...], cls: type[nn.Module]) -> 
     for depth, part in enumerate(path):
         found = holder._modules.get(part)
         if found is None:
-            found = bare(cls if depth == len(path) - 1 else nn.Module)
+            found = _in_mode_of(layer, cls if depth == len(path) - 1 else nn.Module)
             holder._modules[part] = found
         holder = found
     return holder

@@ -32,7 +32,7 @@ def put_in_eval_mode(model: nn.Module, state: State, names: Iterable[str]) -> No
     """Do what ``model.eval()`` does, passing by what other adapters than ``names`` have at layers in eval mode.
 
     A model may have thousands of adapters, and each has modules at every layer. What hangs below a layer has the
-    layer's mode, unless somebody set it apart.
+    layer's mode, unless somebody set it apart. An adapter that came just now and drops nothing need not be named.
     """
     names = tuple(names)
     if any(module.training for module in base_modules(model)):

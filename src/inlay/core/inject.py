@@ -219,7 +219,7 @@ def mount(
     placed.append((layer, None, None))
     field = method.dropout_field
     if field is not None:
-        hang_dropout(layer, field, adapter, float(getattr(method.config, field) or 0.0))
+        hang_dropout(layer, field, adapter, method.dropout)
     if placement.source is None:
         hang_all(layer, adapter, placement, tensors, trainable)
     else:

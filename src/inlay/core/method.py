@@ -268,6 +268,11 @@ class Method(Hooks):
         return float(getattr(self.config, "module_dropout", 0.0) or 0.0)
 
     @property
+    def dropout(self) -> float:
+        """Chance that an element of a layer's input is dropped in training."""
+        return 0.0 if self.dropout_field is None else float(getattr(self.config, self.dropout_field) or 0.0)
+
+    @property
     def needs_base(self) -> bool:
         """Whether ``prepare`` is to be called."""
         return type(self).prepare is not Method.prepare

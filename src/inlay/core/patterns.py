@@ -36,6 +36,13 @@ def matcher(patterns: Any) -> Callable[[str], str | None]:
         expression = _compiled(patterns)
         return lambda path: patterns if expression.fullmatch(path) else None
     names = set(patterns)
+    if not any("." in name for name in names):
+
+        def match_last(path: str) -> str | None:
+            last = path.rpartition(".")[2]
+            return last if last in names else None
+
+        return match_last
 
     def match(path: str) -> str | None:
         start = 0

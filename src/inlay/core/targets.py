@@ -105,7 +105,7 @@ class Survey:
             module = place.module
             while isinstance(module, AdaptedLayer):  # one stands on another where several parameters are adapted
                 found.append(module)
-                module = module.base_layer
+                module = module._modules["base_layer"]  # type: ignore[assignment]
             if isinstance(module, Follower):
                 found += base_modules(module)
             else:

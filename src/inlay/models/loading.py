@@ -203,7 +203,7 @@ def _enter(
 
     result = []
 
-    def fill(state: State) -> None:
+    def fill(fresh: State | None) -> None:
         result.append(
             load_tensors(
                 wrapper,
@@ -213,11 +213,13 @@ def _enter(
                 source=str(source),
                 version=config.peft_version,
                 release=release_of(tensors),
+                fresh=fresh,
             )
         )
 
-    if name in wrapper.state.records:
-        fill(wrapper.state)
+    known = name in wrapper.state.records
+    if known:
+        fill(None)
         wrapper.state.records[name].frozen &= not options.trainable
     else:
         config.inference_mode = not options.trainable
@@ -235,5 +237,6 @@ def _enter(
     if options.trainable:
         set_trainable(wrapper.state, [name], True)
     elif wrapper.state.policy.eval_on_load:
-        put_in_eval_mode(wrapper, wrapper.state, [name])
+        looked_at = known or wrapper.state.records[name].method.dropout > 0.0
+        put_in_eval_mode(wrapper, wrapper.state, [name] if looked_at else ())
     return result[0]
