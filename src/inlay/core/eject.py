@@ -18,7 +18,7 @@ from inlay.errors import MergeError
 from inlay.parallel.fsdp import refuse_shell, settle
 from inlay.parallel.tensors import scatter
 
-__all__ = ["delete", "eject", "refuse_shells", "restore_grad", "take_out_empty"]
+__all__ = ["delete", "eject", "ejectable", "restore_grad", "take_out_empty"]
 
 
 def delete(model: nn.Module, state: State, name: str) -> None:
@@ -109,24 +109,28 @@ def _refuse_shell(place: Place, follower: Follower) -> None:
         refuse_shell(place.path, follower)
 
 
-def refuse_shells(model: nn.Module) -> None:
-    """Refuse to take adapters out of layers that FSDP has wrapped one by one.
+def ejectable(model: nn.Module) -> list[tuple[Place, Follower]]:
+    """Return what adapters put into the model, with its places, if all of it can be taken out.
 
     Raises:
-        UnsupportedError: names one.
+        UnsupportedError: FSDP has wrapped layers one by one; names one.
     """
-    for place, follower in standing(model):
+    found = standing(model)
+    for place, follower in found:
         _refuse_shell(place, follower)
+    return found
 
 
-def eject(model: nn.Module, state: State, *, restore: bool = True) -> nn.Module:
+def eject(
+    model: nn.Module, state: State, *, restore: bool = True, found: list[tuple[Place, Follower]] | None = None
+) -> nn.Module:
     """Take every adapter out: the original modules stand where they stood.
 
     Args:
         restore: also give back what training changed in the base (biases); False keeps it, as after a merge.
+        found: what :func:`ejectable` returned, if no module was put elsewhere since.
     """
-    refuse_shells(model)
-    found = standing(model)
+    found = ejectable(model) if found is None else found
     settle()
     for place, follower in found:
         place.put(follower.taken_out(restore))

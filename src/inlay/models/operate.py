@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from inlay.core.active import set_active, set_trainable, switch_training, switched_back
 from inlay.core.collect import uncollected
-from inlay.core.eject import delete, eject, refuse_shells
+from inlay.core.eject import delete, eject, ejectable
 from inlay.core.inject import inject
 from inlay.core.merge import merge, unmerge
 from inlay.core.plan import Plan, plan
@@ -248,10 +248,11 @@ def take_out(
     Raises:
         MergeError: the merge would lose something; the model is then as before.
     """
+    found = None
     if merged and state.records:
         if isinstance(names, str):
             raise ConfigTypeError(f"adapter_names: expected a list of names, found the string {names!r}")
-        refuse_shells(root)  # a merge without copies cannot be taken back
+        found = ejectable(root)  # a merge without copies cannot be taken back
         with switched_back(state):
             if names is not None:  # the others are dropped, and the right full copies stay
                 set_active(state, names)
@@ -259,6 +260,6 @@ def take_out(
         state.enabled = True
     elif not merged:
         unmerge(state)
-    eject(root, state, restore=not merged)
+    eject(root, state, restore=not merged, found=found)
     unmark(root)
     return root
