@@ -218,8 +218,8 @@ def test_data_parallel_reducer(variant: str) -> None:
 
 def test_old_fp16_trainers_scale_and_the_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    real = fused.expand
-    monkeypatch.setattr(fused, "expand", lambda *args, **kw: taken.append(1) or real(*args, **kw))  # type: ignore[func-returns-value]
+    real = fused.combined
+    monkeypatch.setattr(fused, "combined", lambda *args, **kw: taken.append(1) or real(*args, **kw))  # type: ignore[func-returns-value]
     model, _ = adapted(linear(), dtype=torch.float16)
     x = batch(5, WIDTH, dtype=torch.float16)
     y = model(x)

@@ -17,8 +17,9 @@ from torch.autograd import forward_ad
 from inlay.core.affine import Delta, LowRank
 from inlay.core.dtype import autocast_dtype, product_dtype
 from inlay.core.method import Method, P
-from inlay.core.sharing import narrow
+from inlay.core.sharing import Narrow, narrow
 from inlay.kernels.lowrank import expand
+from inlay.kernels.lowrank_linear import low_rank_linear
 from inlay.kernels.switch import fast_paths_on
 
 if TYPE_CHECKING:
@@ -178,12 +179,23 @@ def run_updates(
         if delta.bias is not None:
             extra = delta.bias * delta.scale
             bias = extra if bias is None else bias + extra
-    parts = narrow(layer, entries, updates, x)
-    narrows = [part.t for part in parts], [part.factors for part in parts], [part.scales for part in parts]
-    if gain is not None:
-        return expand(base, *narrows, gain, bias)
-    y = expand(base, *narrows)
-    return y if bias is None else y + bias.to(y.dtype)
+    y = combined(base, narrow(layer, entries, updates, x), gain, None if gain is None else bias)
+    return y if gain is not None or bias is None else y + bias.to(y.dtype)
+
+
+def combined(
+    base: Tensor | tuple[Tensor, Tensor, Tensor | None],
+    parts: Sequence[Narrow],
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return a layer's output with what comes through its ranks; see :func:`inlay.kernels.lowrank.expand`."""
+    if len(parts) == 1 and isinstance(base, tuple) and parts[0].may_join(base[0].dtype):
+        part = parts[0]
+        downs = [delta.A for delta in part.deltas]
+        return low_rank_linear(base, downs, part.factors, part.scales, part.mask, gain, bias)
+    factors, scales = [part.factors for part in parts], [part.scales for part in parts]
+    return expand(base, [part.t for part in parts], factors, scales, gain, bias)
 
 
 def product_reason(layer: AdaptedLayer) -> str | None:

@@ -33,29 +33,61 @@ __all__ = ["Narrow", "narrow"]
 
 
 class Narrow:
-    """A rank-wide product, and what takes it to the output.
+    """A way from an input through ranks to an output.
 
     Attributes:
-        t: drop(x) A^T of one or more updates, (*, sum of ranks), side by side.
-        factors: their B, (out, r).
+        x: the layer's input, (*, in), which goes down to the ranks unless ``t`` is given.
+        deltas: the updates, whose products lie side by side.
+        dtype: of the products.
+        mask: which elements of the input are kept.
+        factors: the B of the updates, (out, r).
         scales: their scales.
     """
 
-    __slots__ = ("factors", "scales", "t")
+    __slots__ = ("_t", "deltas", "dtype", "factors", "mask", "scales", "x")
     scales: list[float]
 
-    def __init__(self, t: Tensor, deltas: Sequence[LowRank], factor: float = 1.0) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        deltas: Sequence[LowRank],
+        dtype: torch.dtype,
+        mask: Mask | None = None,
+        t: Tensor | None = None,
+    ) -> None:
+        factor = 1.0 if mask is None else mask.scale
+        self.x = x
+        self.deltas = deltas
+        self.dtype = dtype
+        self.mask = mask
         self.factors = [delta.B for delta in deltas]
         self.scales = [factor if isinstance(delta.scale, Tensor) else delta.scale * factor for delta in deltas]
-        if any(isinstance(delta.scale, Tensor) for delta in deltas):  # compiled code keeps scales in tensors
+        self._t = t
+
+    def may_join(self, dtype: torch.dtype) -> bool:
+        """Whether the product is still to be made, and can be one step with the base product, which runs in ``dtype``.
+
+        Compiled code keeps scales in tensors, which no product takes; frozen factors keep no input for backward.
+        """
+        if self._t is not None or self.dtype != dtype or any(isinstance(delta.scale, Tensor) for delta in self.deltas):
+            return False
+        return any(delta.A.requires_grad for delta in self.deltas)
+
+    @property
+    def t(self) -> Tensor:
+        """drop(x) A^T of the updates, (*, sum of ranks), side by side."""
+        t = self._t
+        if t is None:
+            (t,) = shrink(self.x, [[delta.A for delta in self.deltas]], self.dtype, self.mask)
+        if any(isinstance(delta.scale, Tensor) for delta in self.deltas):
             columns = [
                 delta.scale.to(t.dtype).expand(delta.A.shape[0])
                 if isinstance(delta.scale, Tensor)
                 else t.new_ones(delta.A.shape[0])
-                for delta in deltas
+                for delta in self.deltas
             ]
             t = t * (columns[0] if len(columns) == 1 else torch.cat(columns))
-        self.t = t
+        return t
 
 
 class _Made:
@@ -106,18 +138,18 @@ def narrow(layer: AdaptedLayer, entries: tuple[Entry, ...], updates: Updates, x:
     if p is None:
         return _each(updates, x)
     if not p and not _may_join(layer, x):
-        return [_alone(updates, x, None)]
+        return [Narrow(x, updates.deltas, updates.dtype)]
     seen, key = _seen, _key(layer, updates, x, p)
     leader = None if seen.leader is None else seen.leader()
     if leader is not None and leader is not layer and seen.x() is x and seen.key == key:
         made = seen.ready.pop(id(layer), None)
         if made is not None and made.serves(entries, updates):
-            return [_part(made.t, updates, seen.mask)]
+            return [Narrow(x, updates.deltas, updates.dtype, seen.mask, made.t)]
         if not _may_join(layer, x):
-            return [_alone(updates, x, seen.mask)]
+            return [Narrow(x, updates.deltas, updates.dtype, seen.mask)]
         known = [companion for companion in _companions.get(leader, ()) if companion[0]() not in (None, layer)]
         _companions[leader] = [*known, (weakref.ref(layer), entries)]
-        return [_alone(updates, x, seen.mask)]
+        return [Narrow(x, updates.deltas, updates.dtype, seen.mask)]
     if seen.ready and leader is not None and leader in _companions:
         _companions[leader] = [c for c in _companions[leader] if id(c[0]()) not in seen.ready]
     seen.ready.clear()
@@ -145,19 +177,12 @@ def _for_all(layer: AdaptedLayer, updates: Updates, x: Tensor, p: float, key: An
         if _key(other, theirs, x, _one_probability(other, theirs)) == key:
             group.append((other, entries, theirs))
     mask = _seen.mask = Mask(x, p) if p else None
+    if len(group) == 1:
+        return Narrow(x, updates.deltas, updates.dtype, mask)
     ts = shrink(x, [[delta.A for delta in one.deltas] for _, _, one in group], updates.dtype, mask)
     for (other, entries, theirs), t in zip(group[1:], ts[1:], strict=True):
         _seen.ready[id(other)] = _Made(entries, theirs, t)
-    return _part(ts[0], updates, mask)
-
-
-def _alone(updates: Updates, x: Tensor, mask: Mask | None) -> Narrow:
-    (t,) = shrink(x, [[delta.A for delta in updates.deltas]], updates.dtype, mask)
-    return _part(t, updates, mask)
-
-
-def _part(t: Tensor, updates: Updates, mask: Mask | None) -> Narrow:
-    return Narrow(t, updates.deltas, mask.scale if mask is not None else 1.0)
+    return Narrow(x, updates.deltas, updates.dtype, mask, ts[0])
 
 
 def _each(updates: Updates, x: Tensor) -> list[Narrow]:
@@ -165,7 +190,7 @@ def _each(updates: Updates, x: Tensor) -> list[Narrow]:
     parts = []
     for delta, drop in zip(updates.deltas, updates.drops, strict=True):
         (t,) = shrink(x if drop is None else drop(x), [[delta.A]], updates.dtype)
-        parts.append(Narrow(t, [delta]))
+        parts.append(Narrow(x, [delta], updates.dtype, t=t))
     return parts
 
 
