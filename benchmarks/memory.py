@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -76,3 +77,13 @@ def _silenced() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+@cache
+def _elsewhere() -> torch.Tensor:
+    return torch.zeros(2**24)
+
+
+def empty_caches() -> None:
+    """Write 64 MiB, so that nothing of what is measured next lies in the processor's caches."""
+    _elsewhere().add_(1.0)

@@ -98,8 +98,10 @@ class Site:
 
     def named(self, name: str) -> Site:
         """Return a site of the same form under another name."""
+        own = self.__dict__.copy()
+        own["name"] = name
         other = object.__new__(Site)
-        other.__dict__.update(self.__dict__, name=name)
+        object.__setattr__(other, "__dict__", own)  # half of what it takes to update a dict that is there
         return other
 
     @cached_property

@@ -21,13 +21,13 @@ def _new(slot: Slot, site: Site, dtype: torch.dtype, device: torch.device, plan:
     """Create one tensor; initial values are always drawn on the CPU."""
     dtype = slot.dtype or dtype
     if device.type == "meta" or not fill:
-        return torch.empty(slot.shape, dtype=dtype, device=device)
+        return torch.empty(*slot.sizes, dtype=dtype, device=device)
     if slot.init is zeros:
-        return torch.zeros(slot.shape, dtype=dtype, device=device)
+        return torch.zeros(*slot.sizes, dtype=dtype, device=device)
     if plan.policy.own_seed:
         tensor = _filled(slot, site, dtype, seed)
     else:
-        tensor = torch.empty(slot.shape, dtype=dtype, device=_CPU)
+        tensor = torch.empty(*slot.sizes, dtype=dtype, device=_CPU)
         slot.init(tensor, torch.default_generator)
     return tensor if device.type == "cpu" else tensor.to(device)
 
@@ -35,8 +35,8 @@ def _new(slot: Slot, site: Site, dtype: torch.dtype, device: torch.device, plan:
 def _filled(slot: Slot, site: Site, dtype: torch.dtype, seed: int) -> Tensor:
     """Create one tensor on the CPU with values that depend on seed, site and slot alone."""
     if slot.init is zeros:
-        return torch.zeros(slot.shape, dtype=dtype, device=_CPU)
-    tensor = torch.empty(slot.shape, dtype=dtype, device=_CPU)
+        return torch.zeros(*slot.sizes, dtype=dtype, device=_CPU)
+    tensor = torch.empty(*slot.sizes, dtype=dtype, device=_CPU)
     slot.init(tensor, generator_for(seed, site.name, slot.key))
     return tensor
 
@@ -51,13 +51,13 @@ def build(plan: Plan, placement: Placement, low_memory: bool, fill: bool, seed: 
         return {
             role: _filled(slot, site, slot.dtype or dtype, seed)
             if fill or slot.buffer or not slot.saved
-            else torch.empty(slot.shape, dtype=slot.dtype or dtype)
+            else torch.empty(*slot.sizes, dtype=slot.dtype or dtype, device=_CPU)
             for role, slot in placement.own.items()
         }
     if fill and not low_memory and not own_seed:
         for slot in placement.slots.values():
             if slot.discarded is not None:
-                slot.discarded(torch.empty(slot.shape, dtype=placement.dtype), torch.default_generator)
+                slot.discarded(torch.empty(*slot.sizes, dtype=placement.dtype), torch.default_generator)
     tensors = {}
     for role, slot in (placement.own if own_seed else placement.slots).items():  # PEFT draws what it then replaces
         device = _META if low_memory and slot.saved else placement.device  # no load would bring the others

@@ -16,6 +16,7 @@ T = TypeVar("T")
 _lock = threading.Lock()
 _running = 0
 _was_on = False
+_set_apart = False  # whether somebody has frozen objects, which are not ours to mix with others
 
 
 def uncollected(function: Callable[P, T]) -> Callable[P, T]:
@@ -28,7 +29,7 @@ def uncollected(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        global _running, _was_on
+        global _running, _was_on, _set_apart
         with _lock:
             if not _running:
                 _was_on = gc.isenabled()
@@ -40,7 +41,8 @@ def uncollected(function: Callable[P, T]) -> Callable[P, T]:
             with _lock:
                 _running -= 1
                 if not _running and _was_on:
-                    if not gc.get_freeze_count():  # else somebody set objects apart, which are not ours to mix in
+                    _set_apart = _set_apart or gc.get_freeze_count() > 0  # which counts them one by one
+                    if not _set_apart:
                         gc.freeze()
                         gc.unfreeze()  # into the oldest generation, without a pass over it
                     gc.enable()

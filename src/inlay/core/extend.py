@@ -34,11 +34,10 @@ def extend_plan(made: Plan, everything: list[Place]) -> None:
     plan_tokens(made, everything, groups)
     _plan_companions(made, everything)
     plan_parameters(made, within(made, everything))
-    for placement in made.placements:
+    for placement in made.placements if holders else ():
         weight = placement.place.base._parameters.get(placement.kind.weight_name)
         held = holders.get(id(weight), ())
-        if len(held) > 1:
-            placement.shares = tuple(p.path for p in held if p is not placement.place)
+        placement.shares = tuple(p.path for p in held if p is not placement.place)
 
 
 def plan_extras(made: Plan) -> None:

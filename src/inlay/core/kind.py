@@ -7,6 +7,7 @@ A kind knows one family of layer classes. It knows no method and no storage: ten
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -144,9 +145,7 @@ class Kind:
 
     def adapt(self, module: Any, site: Site, state: State) -> AdaptedLayer:
         """Return the adapted layer that is to stand where the module stands."""
-        from inlay.core.layer import AdaptedLayer
-
-        return AdaptedLayer(module, self, site, state)
+        return _layer_class()(module, self, site, state)
 
     def weight_dtype(self, module: Any) -> torch.dtype | None:
         """Dtype of the weight, None where it is not floating."""
@@ -166,6 +165,13 @@ class Kind:
     def leaf(self, site: Site, slot: Slot) -> nn.Module:
         """Return an empty module for a slot that asks for one that can be called (``slot.leaf``)."""
         return bare(Holder)
+
+
+@cache
+def _layer_class() -> type[AdaptedLayer]:
+    from inlay.core.layer import AdaptedLayer
+
+    return AdaptedLayer
 
 
 _kinds: list[Kind] = []

@@ -47,22 +47,23 @@ class Group:
 
 
 def owners(everything: list[Place]) -> dict[int, list[Place]]:
-    """Return the places that hold each parameter directly, by the parameter's id."""
-    found: dict[int, list[Place]] = {}
+    """Return the places that hold a parameter directly, by the parameter's id, of those that several places hold."""
+    first: dict[int, Place] = {}
+    shared: dict[int, list[Place]] = {}
     for place in everything:
         held = place.base._parameters
         for parameter in held.values() if held else ():
             if parameter is not None:
-                found.setdefault(id(parameter), []).append(place)
-    return found
+                known = first.setdefault(id(parameter), place)
+                if known is not place:
+                    shared.setdefault(id(parameter), [known]).append(place)
+    return shared
 
 
 def tied_groups(everything: list[Place], holders: dict[int, list[Place]] | None = None) -> list[Group]:
     """Return the groups of layers that share a weight with an embedding; ``holders`` is what :func:`owners` returns."""
     groups = []
     for places in (owners(everything) if holders is None else holders).values():
-        if len(places) < 2:
-            continue
         tables = [place for place in places if isinstance(place.base, nn.Embedding)]
         if tables:
             groups.append(Group(tables[0], [place for place in places if place is not tables[0]]))
