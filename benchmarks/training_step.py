@@ -63,7 +63,7 @@ def lora(dtype: str, rank: int, dropout: float, *targets: Target) -> Any:
         what=WHAT,
         floor=FLOOR,
         targets=targets or (at_most(None),),
-        full={"dtype": dtype, "rank": rank, "dropout": dropout, **FULL, "rounds": 5 if dtype == "bfloat16" else 15},
+        full={"dtype": dtype, "rank": rank, "dropout": dropout, **FULL, "rounds": 7 if dtype == "bfloat16" else 31},
         quick=QUICK,
     )(step)
 

@@ -33,7 +33,7 @@ def write(tree: Tree, values: Mapping[Target, Tensor], release: Callable[[], obj
     passed = 0
     for target, value in values.items():
         held = target.tensor
-        if target.part != "embedding" and held.shape == value.shape and copies_alone(held, value):
+        if target.part != "embedding" and copies_alone(held, value):
             direct.append((held, value))
             continue
         ready.append((target, staged(target, value)))
@@ -56,8 +56,9 @@ def copy_all(pairs: Pairs, release: Callable[[], object] | None = None) -> None:
 
 
 def copies_alone(held: Tensor, value: Tensor) -> bool:
-    """Whether a copy into a tensor of the same shape is all there is to do, and cannot fail."""
-    return type(held) in _PLAIN and type(value) in _PLAIN and not held.is_meta and not value.is_meta
+    """Whether a copy into a tensor is all there is to do, and cannot fail."""
+    plain = type(held) in _PLAIN and type(value) in _PLAIN and not held.is_meta and not value.is_meta
+    return plain and held.shape == value.shape
 
 
 def _stretches(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Pairs]:

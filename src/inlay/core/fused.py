@@ -195,7 +195,7 @@ def combined(
         downs = [delta.A for delta in part.deltas]
         return low_rank_linear(base, downs, part.factors, part.scales, part.mask, gain, bias)
     factors, scales = [part.factors for part in parts], [part.scales for part in parts]
-    return expand(base, [part.t for part in parts], factors, scales, gain, bias)
+    return expand(base, [part.product() for part in parts], factors, scales, gain, bias)
 
 
 def product_reason(layer: AdaptedLayer) -> str | None:

@@ -36,7 +36,7 @@ class Narrow:
     """A way from an input through ranks to an output.
 
     Attributes:
-        x: the layer's input, (*, in), which goes down to the ranks unless ``t`` is given.
+        x: the layer's input, (*, in), which goes down to the ranks where their product is not given.
         deltas: the updates, whose products lie side by side.
         dtype: of the products.
         mask: which elements of the input are kept.
@@ -73,9 +73,8 @@ class Narrow:
             return False
         return any(delta.A.requires_grad for delta in self.deltas)
 
-    @property
-    def t(self) -> Tensor:
-        """drop(x) A^T of the updates, (*, sum of ranks), side by side."""
+    def product(self) -> Tensor:
+        """Return t = drop(x) A^T of the updates, (*, sum of ranks), side by side."""
         t = self._t
         if t is None:
             (t,) = shrink(self.x, [[delta.A for delta in self.deltas]], self.dtype, self.mask)

@@ -51,12 +51,12 @@ def low_rank_linear(
     x, weight, own = base
     inputs = (x, own, gain, bias, *downs, *ups)
     if is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return _Linear.apply(x, weight, own, gain, bias, mask, scales, *downs, *ups)
+        return _LowRankLinear.apply(x, weight, own, gain, bias, mask, scales, *downs, *ups)
     t = shrunk(x, downs, x.dtype, None if mask is None else mask.bits())
     return add_updates(x, weight, None, own, gain, bias, [t], [side_by_side(ups, scales, t)])[0]
 
 
-class _Linear(Function):
+class _LowRankLinear(Function):
     @staticmethod
     def forward(
         ctx: Any,
