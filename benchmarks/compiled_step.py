@@ -45,7 +45,7 @@ def compiled_step(
         actions[f"{name} eager"] = stepping(block, layer, mlp)
     return run.alternate(actions, rounds).figures(
         "inlay / floor",
-        "inlay prepared / floor",
+        *(["inlay prepared / floor"] if "inlay prepared" in actions else []),
         "peft / inlay",
         "peft / floor",
         "inlay eager / floor eager",
