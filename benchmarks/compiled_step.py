@@ -13,7 +13,10 @@ from torch import nn
 from benchmarks.block import Block
 from benchmarks.harness import Figure, Figures, Run, at_most, row, standalone
 
-PREPARED = "Prepared, the same step is below the goal; what the difference is made of was not measured on its own."
+NARROW = (
+    "Compiled or not, the narrow products of a layer are the same library calls, which read input and gradients again; "
+    "here they cost 4 to 6 % of the two base products, and what else there is was not measured on its own."
+)
 
 
 def compiled(layer: nn.Module, backend: str = "inductor") -> Callable[..., Any]:
@@ -59,8 +62,8 @@ def lora(dtype: str, rank: int, **quick: Any) -> Any:
         what="forward and backward of a Llama layer under torch.compile, LoRA on its 7 linear layers, 512 tokens; "
         "prepared: after prepare_for_compile, with one slot of this rank",
         floor="the frozen layer compiled, with gradients through activations only",
-        targets=(at_most(1.20, 1.10, reason=PREPARED), at_most(1.20, 1.10, of="inlay prepared / floor")),
-        full={"dtype": dtype, "rank": rank, "hidden": 1024, "inner": 2816, "tokens": 512, "rounds": 5},
+        targets=(at_most(1.20, 1.10, reason=NARROW), at_most(1.20, 1.10, of="inlay prepared / floor", reason=NARROW)),
+        full={"dtype": dtype, "rank": rank, "hidden": 1024, "inner": 2816, "tokens": 512, "rounds": 15},
         quick=quick,
         slow=not quick,
     )(compiled_step)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Figure, Figures, Run, at_least, at_most, row, standalone
-from benchmarks.memory import allocated_bytes
+from benchmarks.memory import allocated_bytes, empty_caches
 from benchmarks.models import give_values
 
 RANK = 16
 READ_FIRST = (
     "the proof that the merged weight is finite reads every number before the first is written, and the floor (adding "
-    "in place) has no such read: proof and floor together are what one core can move"
+    "in place) has no such read: one core takes 5.7 ms for the read and 9.3 ms for the floor here, and these two alone "
+    "are 6.5 times faster than peft"
 )
 FRESH_PAGES = (
     "a copy writes memory that is new to the process; it is asked for in large pages, which come for a quarter of what "
@@ -30,11 +31,15 @@ def layer(size: int, dtype: torch.dtype) -> nn.Module:
 
 
 def adapted(library: Any, model: nn.Module) -> Any:
-    """The model with an adapter; its weight is written, so that nothing known of it is worth anything."""
+    """The model with an adapter; its weight is written, so that nothing known of it is worth anything.
+
+    The processor's caches are emptied of what was written, for every variant.
+    """
     with torch.no_grad():
         model[0].weight.mul_(1.0)
     wrapped = library.get_peft_model(model, library.LoraConfig(r=RANK, target_modules=["0"]))
     give_values(wrapped)
+    empty_caches()
     return wrapped
 
 
@@ -63,7 +68,8 @@ def in_place(size: int, dtype: torch.dtype) -> Callable[[], object]:
 
 
 def merge(run: Run, size: int, dtype: torch.dtype, action: Callable[..., Any], rounds: int) -> Figures:
-    actions: dict[str, Any] = {"floor": in_place(size, dtype)}
+    add = in_place(size, dtype)
+    actions: dict[str, Any] = {"floor": (empty_caches, lambda _: add())}
     for name, library in run.libraries().items():
         actions[name] = action(library, layer(size, dtype))
     figures = run.alternate(actions, rounds).figures("peft / inlay", "inlay / floor", "peft / floor")

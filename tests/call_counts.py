@@ -11,6 +11,9 @@ from typing import Any
 
 __all__ = ["calls"]
 
+# Whether a class is a Collection is asked anew after any class was registered with any abstract one.
+_OF_ABSTRACT_CLASSES = {"__instancecheck__", "__subclasscheck__", "__subclasshook__", "_check_methods"}
+
 
 def calls(action: Callable[[], object]) -> Counter[str]:
     """Return how often each Python function is called, by the name of its code.
@@ -20,7 +23,7 @@ def calls(action: Callable[[], object]) -> Counter[str]:
     found: Counter[str] = Counter()
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call":
+        if event == "call" and frame.f_code.co_name not in _OF_ABSTRACT_CLASSES:
             found[frame.f_code.co_qualname if sys.version_info >= (3, 11) else frame.f_code.co_name] += 1
 
     before, collecting = sys.getprofile(), gc.isenabled()

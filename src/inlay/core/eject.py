@@ -13,7 +13,7 @@ from inlay.core.layer import AdaptedLayer
 from inlay.core.readers import restore_readers
 from inlay.core.shared import register_shared, unregister_shared
 from inlay.core.state import Record, State
-from inlay.core.targets import Place, base_parameters, standing
+from inlay.core.targets import Place, Survey, base_parameters, standing
 from inlay.errors import MergeError
 from inlay.parallel.fsdp import refuse_shell, settle
 from inlay.parallel.tensors import scatter
@@ -109,21 +109,19 @@ def _refuse_shell(place: Place, follower: Follower) -> None:
         refuse_shell(place.path, follower)
 
 
-def ejectable(model: nn.Module) -> list[tuple[Place, Follower]]:
-    """Return what adapters put into the model, with its places, if all of it can be taken out.
+def ejectable(model: nn.Module) -> Survey:
+    """Return what the model consists of, if everything that adapters put into it can be taken out.
 
     Raises:
         UnsupportedError: FSDP has wrapped layers one by one; names one.
     """
-    found = standing(model)
-    for place, follower in found:
+    found = Survey(model)
+    for place, follower in found.standing:
         _refuse_shell(place, follower)
     return found
 
 
-def eject(
-    model: nn.Module, state: State, *, restore: bool = True, found: list[tuple[Place, Follower]] | None = None
-) -> nn.Module:
+def eject(model: nn.Module, state: State, *, restore: bool = True, found: Survey | None = None) -> nn.Module:
     """Take every adapter out: the original modules stand where they stood.
 
     Args:
@@ -132,11 +130,12 @@ def eject(
     """
     found = ejectable(model) if found is None else found
     settle()
-    for place, follower in found:
+    parameters = found.parameters if state.replication is None else None
+    for place, follower in found.standing:
         place.put(follower.taken_out(restore))
     restore_readers(model)
     _end_replication(model, state)
-    restore_grad(model, state.base_grad)
+    restore_grad(base_parameters(model) if parameters is None else parameters, state.base_grad)
     if restore and state.base_values:
         named = dict(model.named_parameters())
         with torch.no_grad():
@@ -160,9 +159,9 @@ def _end_replication(model: nn.Module, state: State) -> None:
         state.replication = None
 
 
-def restore_grad(model: nn.Module, before: dict[str, bool]) -> None:
+def restore_grad(parameters: dict[str, nn.Parameter], before: dict[str, bool]) -> None:
     """Give the base parameters the ``requires_grad`` that they had."""
-    for name, parameter in base_parameters(model).items():
+    for name, parameter in parameters.items():
         flag = before.get(name)
         if flag is not None:
             parameter.requires_grad_(flag)

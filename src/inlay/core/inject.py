@@ -166,7 +166,7 @@ def freeze(model: nn.Module, state: State, parameters: dict[str, nn.Parameter], 
     above = offsets(state, model)[1]
     new = {name: p for name, p in parameters.items() if above + name not in state.base_grad}
     before = {name: p.requires_grad for name, p in new.items()}
-    undo.append(partial(restore_grad, model, before))
+    undo.append(partial(restore_grad, parameters, before))
     undo.append(partial(setattr, state, "base_grad", state.base_grad))
     state.base_grad = state.base_grad | {above + name: flag for name, flag in before.items()}
     for p in new.values():

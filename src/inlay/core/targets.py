@@ -77,9 +77,7 @@ def places(model: nn.Module) -> list[Place]:
 
 def standing(model: nn.Module) -> list[tuple[Place, Follower]]:
     """Return what adapters put into the model, with its places; what stands over another thing comes after it."""
-    found = Survey(model)
-    answering = ((place, follower_of(place.module)) for place in (*found.places, *reversed(found.covers)))
-    return [(place, follower) for place, follower in answering if follower is not None]
+    return Survey(model).standing
 
 
 class Survey:
@@ -96,6 +94,12 @@ class Survey:
         self.model = model
         self.places = list(_visited(model, covers))
         self.covers = list(covers.values())
+
+    @cached_property
+    def standing(self) -> list[tuple[Place, Follower]]:
+        """What :func:`standing` returns."""
+        answering = ((place, follower_of(place.module)) for place in (*self.places, *reversed(self.covers)))
+        return [(place, follower) for place, follower in answering if follower is not None]
 
     @cached_property
     def modules(self) -> list[nn.Module]:
