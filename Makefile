@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-# Tests run one process per core, each with one thread; tiny shapes gain nothing from more.
+# Tests run one process per core, each with one thread; tiny shapes gain nothing from more. Files run as they come: by
+# number of tests, as is usual, the slowest would come last and leave a core idle.
 ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(ENVIRONMENT) $(BIN)/python -m pytest
 JOBS ?= 2
@@ -32,11 +33,11 @@ demo: setup
 
 # Every law on a set of cells that covers each pair of (method, kind), (method, storage) and (law, family).
 test: setup
-	$(PYTEST) -n $(JOBS) --dist loadfile
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Every law on every cell.
 test-all: setup
-	INLAY_ALL_CELLS=1 $(PYTEST) -n $(JOBS) --dist loadfile
+	INLAY_ALL_CELLS=1 $(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # transformers, TRL, diffusers, sentence-transformers and accelerate on Inlay, where peft is not installed. The ordinary
 # environment, which has peft, answers where a test needs to know what peft does.
