@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import inlay
 from inlay.core.active import set_active
 from inlay.core.call import opened
 from inlay.core.eject import delete, eject
@@ -249,3 +250,15 @@ def test_policy_peft_runs_one_copy_at_a_time() -> None:
     assert isinstance(model.head, ModuleCopies)
     with pytest.raises(UnsupportedError, match="only one can run"):
         model.head.override(active=("a", "b"))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_copy_that_a_merge_leaves_has_the_gradient_flags_of_the_original(trains: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).requires_grad_(not trains)
+    model[1].requires_grad_(trains)
+    original = model[1]
+    wrapped = inlay.get_peft_model(model, inlay.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    merged = wrapped.merge_and_unload()
+    assert merged[1] is not original
+    assert [p.requires_grad for p in merged[0].parameters()] == [not trains] * 2
+    assert [p.requires_grad for p in merged[1].parameters()] == [trains] * 2

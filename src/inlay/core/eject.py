@@ -130,7 +130,9 @@ def eject(model: nn.Module, state: State, *, restore: bool = True, found: Survey
     """
     found = ejectable(model) if found is None else found
     settle()
-    parameters = found.parameters if state.replication is None else None
+    # what stands over full copies may leave a trained one in the place of the original
+    same = state.replication is None and all(isinstance(follower, AdaptedLayer) for _, follower in found.standing)
+    parameters = found.parameters if same else None
     for place, follower in found.standing:
         place.put(follower.taken_out(restore))
     restore_readers(model)

@@ -190,7 +190,7 @@ def combined(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Return a layer's output with what comes through its ranks; see :func:`inlay.kernels.lowrank.expand`."""
-    if len(parts) == 1 and isinstance(base, tuple) and parts[0].may_join(base[0].dtype):
+    if len(parts) == 1 and isinstance(base, tuple) and parts[0].one_step(base[0].dtype):
         part = parts[0]
         downs = [delta.A for delta in part.deltas]
         return low_rank_linear(base, downs, part.factors, part.scales, part.mask, gain, bias)

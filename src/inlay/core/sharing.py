@@ -64,7 +64,7 @@ class Narrow:
         self.scales = [factor if isinstance(delta.scale, Tensor) else delta.scale * factor for delta in deltas]
         self._t = t
 
-    def may_join(self, dtype: torch.dtype) -> bool:
+    def one_step(self, dtype: torch.dtype) -> bool:
         """Whether the product is still to be made, and can be one step with the base product, which runs in ``dtype``.
 
         Compiled code keeps scales in tensors, which no product takes; frozen factors keep no input for backward.
