@@ -106,7 +106,12 @@ def test_inputs_and_gradients_of_any_strides(x: Tensor) -> None:
 def test_the_input_is_kept_once_and_nothing_as_wide_as_the_output() -> None:
     inputs = problem((64, IN), "bias")
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run(batch(OUT, IN), SCALES[0], None, **inputs)
     wide = [tensor.shape for tensor in kept if tensor.shape[0] == 64]
     assert sorted(map(tuple, wide)) == [(64, 5), (64, 5)]  # x, and t with its 3 + 2 ranks

@@ -106,10 +106,10 @@ class Survey:
         """What :func:`inlay.core.follow.base_modules` yields, in another order."""
         found = [self.model]
         for place in (*self.covers, *self.places):
-            module = place.module
+            module: Any = place.module
             while isinstance(module, AdaptedLayer):  # one stands on another where several parameters are adapted
                 found.append(module)
-                module = module._modules["base_layer"]  # type: ignore[assignment]
+                module = module._modules["base_layer"]
             if isinstance(module, Follower):
                 found += base_modules(module)
             else:
